@@ -1,0 +1,211 @@
+"""How a setting is declared once and read everywhere.
+
+A knob is a dataclass field that carries its own help, range and flag name. The
+command line, the run files and the documentation are all made from the fields,
+so a default or a limit is written in one place only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nope_gpt.errors import MissingError, UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a knob's value may be; the bounds are inclusive unless said otherwise."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] | None = None
+
+    def complaint(self, value: Any) -> str | None:
+        """Say what is wrong with a value, or return None."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return "must be a finite number"
+        if self.choices is not None and value not in self.choices:
+            return f"must be one of {', '.join(self.choices)}"
+        if self.minimum is not None and value < self.minimum:
+            return f"must be at least {self.minimum:g}"
+        if self.maximum is not None and value > self.maximum:
+            return f"must be at most {self.maximum:g}"
+        if self.above is not None and value <= self.above:
+            return f"must be above {self.above:g}"
+        if self.below is not None and value >= self.below:
+            return f"must be below {self.below:g}"
+        return None
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    panel: str,
+    flag: str | None = None,
+    shown_default: str | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: The value when nobody says otherwise; `dataclasses.MISSING` makes it required.
+        help: One or two sentences for `--help` and the documentation.
+        panel: The heading under which `--help` shows it.
+        flag: The flag without dashes, where it differs from the field's name.
+        shown_default: What to show as the default where the value itself says little.
+        minimum, maximum, above, below, choices: The `Limits`.
+    """
+    metadata = {
+        "help": help,
+        "panel": panel,
+        "flag": flag,
+        "shown_default": shown_default,
+        "limits": Limits(minimum, maximum, above, below, choices),
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """The flag that sets a field, with its dashes."""
+    return "--" + (field.metadata.get("flag") or field.name.replace("_", "-"))
+
+
+@functools.cache
+def kind_of(owner: type, name: str) -> tuple[type, bool]:
+    """The plain type of a field and whether it may be None."""
+    annotation = typing.get_type_hints(owner)[name]
+    if isinstance(annotation, types.UnionType):
+        (plain,) = (part for part in typing.get_args(annotation) if part is not types.NoneType)
+        return plain, True
+    return annotation, False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knobs:
+    """A group of settings that checks itself.
+
+    Raises:
+        UsageError: A value has the wrong type or lies outside its limits; names the flag.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = checked(type(self), field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+
+    def changed(self, **values: Any) -> typing.Self:
+        """A copy with some values replaced."""
+        return dataclasses.replace(self, **values)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def checked(owner: type, field: dataclasses.Field[Any], value: Any) -> Any:
+    """Return a knob's value in its declared type, or refuse it by its flag's name."""
+    kind, optional = kind_of(owner, field.name)
+    if value is None and optional:
+        return None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise UsageError(f"{flag_of(field)} is {value!r}, and must be {names[kind]}")
+    limits: Limits | None = field.metadata.get("limits")
+    complaint = limits.complaint(value) if limits else None
+    if complaint:
+        raise UsageError(f"{flag_of(field)} is {value}, and {complaint}")
+    return value
+
+
+T = TypeVar("T", bound=Knobs)
+
+
+def known_fields(config_type: type[T], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Map flag or field names of a file or preset to fields, refusing unknown ones."""
+    names: dict[str, str] = {}
+    for field in dataclasses.fields(config_type):
+        names[field.name] = field.name
+        names[flag_of(field)[2:].replace("-", "_")] = field.name
+    result = {}
+    for name, value in values.items():
+        key = name.replace("-", "_")
+        if key not in names:
+            raise UsageError(
+                f"unknown setting {name!r}",
+                where=where,
+                hint="the settings are the flags of the command: see its --help",
+            )
+        result[names[key]] = value
+    return result
+
+
+def resolve(
+    config_type: type[T],
+    layers: Iterable[tuple[str, Mapping[str, Any]]],
+) -> T:
+    """Build a config from layers of settings; a later layer wins.
+
+    Args:
+        config_type: The config to build.
+        layers: Pairs of where the settings come from and the settings.
+
+    Raises:
+        UsageError: A setting is unknown or out of range; names where it came from.
+    """
+    values: dict[str, Any] = {}
+    origin = {}
+    for where, layer in layers:
+        for name, value in known_fields(config_type, layer, where).items():
+            values[name], origin[name] = value, where
+    for field in dataclasses.fields(config_type):
+        if field.name in values:
+            try:
+                checked(config_type, field, values[field.name])
+            except UsageError as error:
+                raise UsageError(error.what, where=origin[field.name]) from None
+    return config_type(**values)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a TOML file, or the JSON that a run wrote, as flat settings.
+
+    Raises:
+        MissingError: There is no such file.
+        UsageError: The file is neither TOML nor JSON, or is not a table.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise MissingError("there is no such settings file", where=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the settings file cannot be read: {error}", where=str(path)) from None
+    try:
+        settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(
+            f"the settings file cannot be parsed: {error}",
+            where=str(path),
+            hint="write one `name = value` a line (TOML), or pass the run.json of a run",
+        ) from None
+    if isinstance(settings, dict) and isinstance(settings.get("config"), dict):
+        settings = settings["config"]
+    if not isinstance(settings, dict):
+        raise UsageError("the settings file is not a table of settings", where=str(path))
+    return settings
