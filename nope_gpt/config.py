@@ -353,7 +353,9 @@ class SamplingConfig(Knobs):
         panel=SAMPLING,
         minimum=0.0,
     )
-    top_k: int = knob(500, "Draw from the k likeliest tokens, 0 for all.", panel=SAMPLING, minimum=0)
+    top_k: int = knob(
+        500, "Draw from the k likeliest tokens, 0 for all.", panel=SAMPLING, minimum=0
+    )
     top_p: float = knob(
         0.9,
         "Draw from the likeliest tokens whose probabilities sum to p.",

@@ -1,0 +1,197 @@
+"""Directories that appear whole or not at all, and know what they hold.
+
+Data sets and checkpoints are directories with a `manifest.json` that names their
+kind, their format version and the size and sha256 of every file. They are written
+beside their final place and renamed into it, so a reader never meets half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nope_gpt.errors import CapacityError, MissingError, NopeError, UsageError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+Manifest = dict[str, Any]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into an error that says what to do.
+
+    Raises:
+        CapacityError: The disk or a quota is full.
+        NopeError: The place cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CapacityError(
+                f"the disk is full: {error.strerror}",
+                where=str(path),
+                hint="free some space, or choose another place; nothing half-written was left",
+            ) from error
+        raise NopeError(
+            f"cannot write here: {error.strerror or error}",
+            where=str(path),
+            hint="choose a directory that you may write to",
+        ) from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file in one step, so that it is never seen half-written."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON in one step."""
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def publish(
+    path: Path, *, manifest: Manifest | None = None, overwrite: bool = False
+) -> Iterator[Path]:
+    """Give a directory to fill, then put it in its place whole.
+
+    Every file is flushed to the disk before the rename, and the parent after it, so
+    that a loss of power leaves either the old state or the new one.
+
+    Args:
+        path: The directory to make.
+        manifest: What to write as manifest.json beside the list of files; the caller
+            may complete it while filling the directory. None writes no manifest.
+        overwrite: Replace a directory that is already there.
+
+    Raises:
+        UsageError: The directory exists and may not be replaced.
+        CapacityError: The disk is full.
+        NopeError: The place cannot be written.
+    """
+    if path.exists() and not overwrite:
+        raise UsageError(
+            "this already exists",
+            where=str(path),
+            hint="choose another name, or add --overwrite to replace it",
+        )
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with writing(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            files = sorted(file for file in temporary.iterdir())
+            if manifest is not None:
+                listing = {file.name: describe(file) for file in files}
+                text = json.dumps(manifest | {"files": listing}, indent=2, ensure_ascii=False)
+                files.append(temporary / MANIFEST)
+                files[-1].write_text(text + "\n", encoding="utf-8")
+            for file in files:
+                sync(file)
+            sync(temporary)
+            replace_directory(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync(path.parent)
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Rename a directory into place, setting aside and then removing what was there."""
+    if not path.exists():
+        new.replace(path)
+        return
+    old = path.with_name(f"{path.name}.old-{os.getpid()}")
+    path.replace(old)
+    new.replace(path)
+    shutil.rmtree(old)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a directory.
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The size in bytes and the sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def read_manifest(path: Path, kind: str) -> Manifest:
+    """Read the manifest of a directory and check that it is what it should be.
+
+    Args:
+        path: The directory.
+        kind: What it must be: "dataset" or "checkpoint".
+
+    Raises:
+        MissingError: There is no manifest: nothing there, or something unfinished.
+        NopeError: The manifest is damaged, of another kind or of a newer format, or a
+            file it names is missing or of another size.
+    """
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        found, version, files = manifest["kind"], manifest["format_version"], manifest["files"]
+        sizes = {str(name): int(entry["size"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise MissingError(f"this is not a {kind}: it has no {MANIFEST}", where=str(path)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise NopeError(
+            f"the manifest is damaged ({type(error).__name__}: {error})", where=str(file)
+        ) from None
+    if found != kind:
+        raise UsageError(f"this is a {found}, not a {kind}", where=str(path))
+    if version != FORMAT_VERSION:
+        raise NopeError(
+            f"this {kind} has format {version}, and this program reads format {FORMAT_VERSION}",
+            where=str(path),
+            hint="pip install --upgrade nope-gpt",
+        )
+    for name, size in sizes.items():
+        part = path / Path(name).name
+        actual = part.stat().st_size if part.is_file() else None
+        if actual != size:
+            seen = "is missing" if actual is None else f"has {actual:,} bytes instead of {size:,}"
+            raise NopeError(f"this {kind} is damaged: {name} {seen}", where=str(path))
+    return dict(manifest)
+
+
+def verify(path: Path, manifest: Manifest) -> None:
+    """Compare every file with its sha256.
+
+    Raises:
+        NopeError: A file is not what was written; names it.
+    """
+    for name, entry in manifest["files"].items():
+        if describe(path / Path(name).name)["sha256"] != entry["sha256"]:
+            raise NopeError(
+                f"this {manifest['kind']} is damaged: {name} is not what was written",
+                where=str(path),
+            )

@@ -1,0 +1,241 @@
+"""Token shards on disk: standard .npy files, memory-mapped, and a manifest.
+
+A shard holds the tokens of its documents one after the other (`.tokens.npy`), where
+each document ends (`.ends.npy`, int64) and, for conversations, which tokens the model
+is to write (`.mask.npy`, uint8). The documents that are held out come last, so that
+each of the two splits is one stretch of the file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nope_gpt.artifacts import read_manifest
+from nope_gpt.errors import MissingError, NopeError, UsageError
+
+Tokens = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document as tokens; for a conversation also which of them the model writes."""
+
+    tokens: Tokens
+    mask: NDArray[np.uint8] | None = None
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
+    """The narrowest unsigned integer that holds every token of a vocabulary."""
+    return np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.uint32)
+
+
+def write_shard(
+    directory: Path,
+    name: str,
+    train: list[EncodedDocument],
+    holdout: list[EncodedDocument],
+    dtype: np.dtype[Any],
+) -> dict[str, int | str]:
+    """Write one shard; returns its entry in the manifest."""
+    documents = train + holdout
+    lengths = [document.tokens.size for document in documents]
+    tokens = np.concatenate([document.tokens for document in documents])
+    np.save(directory / f"{name}.tokens.npy", tokens.astype(dtype))
+    np.save(directory / f"{name}.ends.npy", np.cumsum(lengths, dtype=np.int64))
+    masks = [document.mask for document in documents if document.mask is not None]
+    if masks:
+        np.save(directory / f"{name}.mask.npy", np.concatenate(masks))
+    num_train_tokens = sum(lengths[: len(train)])
+    return {
+        "name": name,
+        "train_documents": len(train),
+        "train_tokens": num_train_tokens,
+        "holdout_documents": len(holdout),
+        "holdout_tokens": sum(lengths) - num_train_tokens,
+    }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard, read through a memory map."""
+
+    directory: Path
+    name: str
+    source: str
+    train_documents: int
+    train_tokens: int
+    vocabulary_size: int
+
+    @functools.cached_property
+    def tokens(self) -> Tokens:
+        return self.load("tokens")
+
+    @functools.cached_property
+    def ends(self) -> NDArray[np.int64]:
+        return self.load("ends")
+
+    @functools.cached_property
+    def mask(self) -> NDArray[np.uint8]:
+        return self.load("mask")
+
+    def load(self, part: str) -> NDArray[Any]:
+        path = self.directory / f"{self.name}.{part}.npy"
+        try:
+            array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise NopeError(f"this shard cannot be read: {error}", where=str(path)) from None
+        if array.ndim != 1:
+            raise NopeError(f"this shard has shape {array.shape}", where=str(path))
+        return array
+
+    def read(self, start: int, end: int) -> NDArray[np.int64]:
+        """Tokens from start to end.
+
+        Raises:
+            NopeError: A token is outside the vocabulary.
+        """
+        tokens = self.tokens[start:end].astype(np.int64)
+        if tokens.size and tokens.max() >= self.vocabulary_size:
+            raise NopeError(
+                f"token {tokens.max()} is outside the vocabulary of {self.vocabulary_size}",
+                where=str(self.directory / f"{self.name}.tokens.npy"),
+            )
+        return tokens
+
+    def document(self, index: int) -> EncodedDocument:
+        start = int(self.ends[index - 1]) if index else 0
+        end = int(self.ends[index])
+        return EncodedDocument(self.read(start, end), np.asarray(self.mask[start:end]))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared data set."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Dataset:
+        """Open a data set's directory.
+
+        Raises:
+            NopeError: It is missing, damaged or something else.
+        """
+        return cls(path, read_manifest(path, "dataset"))
+
+    @property
+    def content(self) -> str:
+        return str(self.manifest["content"])
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """Identity of the tokenizer: name, fingerprint and vocabulary_size."""
+        return dict(self.manifest["tokenizer"])
+
+    @property
+    def fingerprint(self) -> str:
+        """What two data sets share only if they hold the same tokens."""
+        hashes = (
+            f"{name} {entry['sha256']}"
+            for name, entry in sorted(self.manifest["files"].items())
+            if name.startswith("shard-")
+        )
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    @functools.cached_property
+    def shards(self) -> list[Shard]:
+        return [
+            Shard(
+                directory=self.path,
+                name=entry["name"],
+                source=entry["source"],
+                train_documents=entry["train_documents"],
+                train_tokens=entry["train_tokens"],
+                vocabulary_size=self.tokenizer["vocabulary_size"],
+            )
+            for entry in self.manifest["shards"]
+        ]
+
+    def require(self, content: str) -> Dataset:
+        """Return this data set if it holds text, or conversations, as a command needs.
+
+        Raises:
+            UsageError: It holds the other.
+        """
+        if self.content != content:
+            held = {"text": "text", "chat": "conversations"}[self.content]
+            command = {"text": "nope pretrain", "chat": "nope tune"}[self.content]
+            raise UsageError(
+                f"this data set holds {held}", where=str(self.path), hint=f"`{command}` uses it"
+            )
+        return self
+
+
+class TokenStream:
+    """All tokens of one split, one shard after the other.
+
+    Args:
+        dataset: Of text.
+        holdout: The held-out split instead of the trained one.
+    """
+
+    def __init__(self, dataset: Dataset, *, holdout: bool = False) -> None:
+        self.dataset = dataset
+        self.stretches = []
+        for shard in dataset.shards:
+            start, end = 0, shard.train_tokens
+            if holdout:
+                start, end = end, shard.tokens.size
+            if end > start:
+                self.stretches.append((shard, start, end))
+        sizes = [end - start for _, start, end in self.stretches]
+        self.offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """`count` tokens from `start`, fewer at the end of the stream."""
+        pieces = []
+        index = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        while count > 0 and index < len(self.stretches):
+            shard, first, last = self.stretches[index]
+            begin = first + start - int(self.offsets[index])
+            piece = shard.read(begin, min(begin + count, last))
+            pieces.append(piece)
+            start, count, index = start + piece.size, count - piece.size, index + 1
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+
+
+def conversations(
+    dataset: Dataset, *, holdout: bool = False, subsets: str = "all"
+) -> Iterator[tuple[Shard, int]]:
+    """Every conversation of one split as its shard and its place there.
+
+    Raises:
+        MissingError: A subset is not in the data set; lists those that are.
+    """
+    names = {shard.source for shard in dataset.shards}
+    chosen = {name.strip() for name in subsets.split(",")}
+    unknown = sorted(chosen - names - {"all"})
+    if unknown:
+        raise MissingError(
+            f"there is no subset {unknown[0]!r}; there are {', '.join(sorted(names))}",
+            where=str(dataset.path),
+            hint="choose with --dataset-subset, or take `all`",
+        )
+    for shard in dataset.shards:
+        if "all" in chosen or shard.source in chosen:
+            first, last = 0, shard.train_documents
+            if holdout:
+                first, last = last, len(shard.ends)
+            yield from ((shard, index) for index in range(first, last))

@@ -1,0 +1,97 @@
+"""Where the computation runs: device, precision, ranks and seeds."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from nope_gpt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started; alone without it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def resolve_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """Turn a device's name into a device that is there.
+
+    Args:
+        name: auto, cpu, cuda, cuda:N or mps. auto takes the best one there is, and
+            with several ranks cuda means the GPU of this rank.
+        ranks: This process among its peers.
+
+    Raises:
+        UsageError: There is no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if cuda_works() else "mps" if mps_works() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(
+            f"--device is {name!r}, which is no device", hint="use auto, cpu, cuda, cuda:1 or mps"
+        ) from None
+    if device.type == "cuda":
+        if not cuda_works():
+            raise UsageError("--device is cuda, and no GPU can be used", hint="use --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", ranks.local_rank if ranks else 0)
+        count = torch.cuda.device_count()
+        if device.index is not None and device.index >= count:
+            raise UsageError(f"--device is {device}, and this machine has {count} GPUs")
+    elif device.type == "mps" and not mps_works():
+        raise UsageError("--device is mps, and no Apple GPU can be used", hint="use --device cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise UsageError(f"--device is {name}, and must be auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def cuda_works() -> bool:
+    """Whether an NVIDIA or AMD GPU can be used."""
+    return torch.cuda.is_available()
+
+
+def mps_works() -> bool:
+    """Whether an Apple GPU can be used."""
+    return torch.backends.mps.is_available()
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that the matrix products of training run in."""
+    if name == "auto":
+        good = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if good else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:
+    """Run matrix products in a lower precision, keeping the weights as they are."""
+    if precision == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=precision)
+
+
+def draw_seed() -> int:
+    """A fresh seed, for runs that were not given one; it is recorded to be reused."""
+    return secrets.randbelow(1 << 31)

@@ -1,0 +1,389 @@
+"""The published layout: find it, load it, save it, and translate every historical name.
+
+A model is a directory with `config.json` and `model.safetensors`. On disk the tensors
+have their published names, in memory names that explain themselves; the tables here
+are the only place where both are known.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nope_gpt.artifacts import MANIFEST, read_manifest, verify, write_json, writing
+from nope_gpt.config import ModelConfig
+from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
+RANKS = "tokenizer.tiktoken"
+RUN = "run.json"
+
+HISTORICAL_SETTINGS = {
+    "num_layers": ("num_decoder_layers",),
+    "num_hidden_layers": ("num_decoder_layers",),
+    "feed_forward_ratio": ("hidden_ratio",),
+    "num_heads": ("num_q_heads", "num_kv_heads"),
+    "num_attention_heads": ("num_q_heads", "num_kv_heads"),
+}
+
+HISTORICAL_NAMES = (
+    (r"^(?:_orig_mod\.|model\.)+", ""),
+    (r"^(?:body|decoder)\.(\d+)\.", r"decoder.layers.\1."),
+    (r"\.attention\.", ".stage1."),
+    (r"\.(?:mlp\.layers\.0|feedforward\.linear1)\.", ".stage2.linear1."),
+    (r"\.(?:mlp\.layers\.2|feedforward\.linear2)\.", ".stage2.linear2."),
+    (r"\.stage1\.in_proj_weight$", ".stage1.qkv_proj.weight"),
+    (r"^output_norm\.", "token_classifier.norm."),
+    (r"^output_layer\.", "token_classifier.linear."),
+)
+
+LAYER_NAMES = {
+    "norm1": "attention_norm",
+    "stage1.q_proj": "attention.q_proj",
+    "stage1.k_proj": "attention.k_proj",
+    "stage1.v_proj": "attention.v_proj",
+    "stage1.out_proj": "attention.out_proj",
+    "norm2": "feed_forward_norm",
+    "stage2.linear1": "feed_forward.up",
+    "stage2.linear2": "feed_forward.down",
+}
+
+TIED = "token_embeddings.weight"
+TIED_PUBLISHED = "token_classifier.linear.weight"
+
+
+def published_names(num_layers: int) -> dict[str, str]:
+    """Map the name of every tensor in memory to its published name."""
+    names = {TIED: TIED_PUBLISHED, "norm.weight": "token_classifier.norm.weight"}
+    for layer in range(num_layers):
+        for published, ours in LAYER_NAMES.items():
+            prefix = f"decoder.layers.{layer}."
+            names[f"{prefix}{ours}.weight"] = f"{prefix}{published}.weight"
+    return names
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model as it lies on disk, in the names it has in memory."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    trained_context_length: int | None
+
+
+def locate(model: str | Path, *, local_only: bool = False, **options: Any) -> Path:
+    """Find the directory of a model, downloading it if it is on the Hub.
+
+    Args:
+        model: A run directory (its newest valid checkpoint), a checkpoint or export
+            directory, or the id of a model on the Hub.
+        local_only: Never ask the Hub.
+        options: What `huggingface_hub.snapshot_download` takes: revision, token, cache_dir.
+
+    Raises:
+        MissingError: There is no such model.
+        UsageError: It is something else, such as a data set or a .pt file.
+        NetworkError: The Hub cannot be reached and holds what is missing here.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return model_in(path)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt") or path.is_file():
+        raise UsageError(
+            "this is a single file, and a model is a directory",
+            where=str(path),
+            hint=f"for a checkpoint of the old scripts: "
+            f"nope export --model {path} --format hub --output exports/{path.stem}",
+        )
+    if local_only or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise MissingError(
+            "there is no such model",
+            where=str(path),
+            hint="give a run, checkpoint or export directory, or a Hub id such as "
+            "andrewdalpino/NoPE-GPT-400M-Chat",
+        )
+    return download(str(model), **options)
+
+
+def model_in(path: Path) -> Path:
+    """The model directory that a local directory is or leads to."""
+    if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+        if (path / MANIFEST).is_file():
+            verify(path, read_manifest(path, "checkpoint"))
+        return path
+    if (path / RUN).is_file():
+        return newest_checkpoint(checkpoints_of(path))
+    if any(path.glob("step-*")):
+        return newest_checkpoint(path)
+    if (path / MANIFEST).is_file():
+        read_manifest(path, "checkpoint")
+    for pattern in ("*.pt", "*.pth", "pytorch_model*.bin"):
+        for file in sorted(path.glob(pattern)):
+            raise UsageError(
+                f"this holds a pickled checkpoint, {file.name}, and no {WEIGHTS}",
+                where=str(path),
+                hint=f"nope export --model {file} --format hub --output exports/{file.stem}",
+            )
+    present = [name for name in (CONFIG, WEIGHTS) if (path / name).is_file()]
+    raise MissingError(
+        f"this is not a model: it has {present[0] if present else 'neither ' + CONFIG} "
+        f"{'but no' if present else 'nor'} {WEIGHTS if present != [WEIGHTS] else CONFIG}",
+        where=str(path),
+        hint="give a run, checkpoint or export directory, or a Hub id",
+    )
+
+
+def checkpoints_of(run: Path) -> Path:
+    """The directory of a run's checkpoints."""
+    try:
+        chosen = json.loads((run / RUN).read_text(encoding="utf-8"))["config"]["checkpoint_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        chosen = None
+    return Path(chosen) if isinstance(chosen, str) else run / "checkpoints"
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """The valid checkpoint with the most steps, found by looking, never by a pointer.
+
+    Raises:
+        MissingError: There is none; tells what is wrong with those that are there.
+    """
+    complaints = []
+    for path in sorted(checkpoints_in(directory), key=step_of, reverse=True):
+        try:
+            verify(path, read_manifest(path, "checkpoint"))
+        except NopeError as error:
+            complaints.append(f"{path.name}: {error.what}")
+        else:
+            return path
+    raise MissingError(
+        "there is no valid checkpoint" + "".join(f"\n  {text}" for text in complaints),
+        where=str(directory),
+        hint="train first: nope pretrain, or choose another run",
+    )
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """Everything in a directory that is named like a checkpoint."""
+    return [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def download(repo_id: str, **options: Any) -> Path:
+    """Fetch a model's files from the Hub, or take them from the local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"https://huggingface.co/{repo_id}"
+    try:
+        files = [CONFIG, WEIGHTS, TOKENIZER, RANKS]
+        return Path(snapshot_download(repo_id, allow_patterns=files, **options))
+    except GatedRepoError:
+        raise MissingError(
+            "this model asks you to accept its terms", where=where, hint="hf auth login"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise MissingError(
+            f"there is no such directory here and no such model on the Hub "
+            f"({type(error).__name__})",
+            where=repo_id,
+            hint="check the name; a private model needs `hf auth login`",
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise NetworkError(
+            f"the Hub cannot be reached: {error}",
+            where=where,
+            hint="try again with a network, or give a local directory",
+        ) from None
+
+
+def load(path: Path) -> SavedModel:
+    """Load a model directory of any generation of names.
+
+    The vocabulary is the number of rows of the embedding: the published chat model's
+    config.json states that of its base.
+
+    Raises:
+        NopeError: The files are damaged, incomplete or of another architecture.
+    """
+    settings = read_config(path / CONFIG)
+    state = translate(read_tensors(path / WEIGHTS), str(path / WEIGHTS))
+    return assemble(settings, state, str(path))
+
+
+def assemble(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> SavedModel:
+    """Check that settings and tensors describe one and the same network."""
+    if TIED not in state:
+        raise NopeError("the token embedding is missing", where=where)
+    known = set(ModelConfig.__dataclass_fields__)
+    try:
+        config = ModelConfig(
+            **{key: value for key, value in settings.items() if key in known}
+            | {"vocabulary_size": state[TIED].size(0)}
+        )
+    except UsageError as error:
+        raise NopeError(f"{CONFIG} describes no network: {error.what}", where=where) from None
+    check_shapes(config, state, where)
+    length = settings.get("trained_context_length")
+    return SavedModel(config, state, length if type(length) is int and length > 0 else None)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config.json, renaming historical settings."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise NopeError(f"{CONFIG} cannot be read: {error}", where=str(path)) from None
+    if not isinstance(settings, dict):
+        raise NopeError(f"{CONFIG} is not a table of settings", where=str(path))
+    return rename_settings(settings, str(path))
+
+
+def rename_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """Give historical settings their published names and check that none is missing."""
+    result = dict(settings)
+    for old, names in HISTORICAL_SETTINGS.items():
+        if old in settings:
+            result = dict.fromkeys(names, settings[old]) | result
+    needed = ("embedding_dimensions", "num_q_heads", "num_kv_heads", "num_decoder_layers")
+    for name in (*needed, "hidden_ratio"):
+        if name not in result:
+            raise NopeError(f"{CONFIG} has no {name}: this is not a NoPE GPT", where=where)
+    return result
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; nothing in it is ever executed."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise NopeError(
+            f"this is not a whole safetensors file: {error}",
+            where=str(path),
+            hint="download or export the model again",
+        ) from None
+
+
+def translate(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Give tensors of any generation the names they have in memory.
+
+    Raises:
+        NopeError: A tensor belongs to another network, such as a table of positions.
+    """
+    published: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in HISTORICAL_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith(".stage1.qkv_proj.weight"):
+            prefix = name.removesuffix("qkv_proj.weight")
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                published[f"{prefix}{part}_proj.weight"] = rows.clone()
+        else:
+            published[name] = tensor
+    if TIED in published:
+        embedding = published.pop(TIED)
+        head = published.setdefault(TIED_PUBLISHED, embedding)
+        if head is not embedding and not torch.equal(head, embedding):
+            raise NopeError("the embedding and the head differ, and must be tied", where=where)
+    found = (re.match(r"decoder\.layers\.(\d+)", name) for name in published)
+    layers = {match[1] for match in found if match}
+    ours = {theirs: name for name, theirs in published_names(len(layers)).items()}
+    unknown = sorted(published.keys() - ours.keys())
+    if unknown:
+        positions = any("position" in name for name in unknown)
+        reason = "it has positional embeddings" if positions else f"it holds {unknown[0]}"
+        raise NopeError(f"this is another network than NoPE GPT: {reason}", where=where)
+    return {ours[name]: tensor for name, tensor in published.items()}
+
+
+def check_shapes(config: ModelConfig, state: dict[str, Tensor], where: str) -> None:
+    """Check that every tensor is there and has the shape that the config says."""
+    d, kv, hidden = config.embedding_dimensions, config.kv_dimensions, config.hidden_dimensions
+    shapes = {
+        TIED: (config.vocabulary_size, d),
+        "q_proj.weight": (d, d),
+        "k_proj.weight": (kv, d),
+        "v_proj.weight": (kv, d),
+        "out_proj.weight": (d, d),
+        "up.weight": (hidden, d),
+        "down.weight": (d, hidden),
+        "norm.weight": (d,),
+    }
+    for name in published_names(config.num_decoder_layers):
+        if name not in state:
+            raise NopeError(f"{CONFIG} asks for {name}, which is not there", where=where)
+        expected = next(shape for suffix, shape in shapes.items() if name.endswith(suffix))
+        if tuple(state[name].shape) != expected:
+            raise NopeError(
+                f"{name} has shape {tuple(state[name].shape)}, and {CONFIG} asks for {expected}",
+                where=where,
+            )
+        if not state[name].is_floating_point():
+            raise NopeError(f"{name} holds {state[name].dtype}, not weights", where=where)
+
+
+def save(path: Path, model: SavedModel) -> None:
+    """Write config.json and model.safetensors into a directory that exists.
+
+    The tied matrix is stored once, as in the published files.
+
+    Raises:
+        NopeError: A weight is not a finite number; names its tensor.
+    """
+    names = published_names(model.config.num_decoder_layers)
+    tensors = {}
+    for name, published in names.items():
+        tensor = model.state[name].detach().to("cpu").contiguous()
+        if not torch.isfinite(tensor).all():
+            raise NopeError(f"{name} holds numbers that are not finite", where=str(path))
+        tensors[published] = tensor
+    settings: dict[str, Any] = dict(sorted(model.config.as_dict().items()))
+    if model.trained_context_length is not None:
+        settings["trained_context_length"] = model.trained_context_length
+    with writing(path):
+        save_file(tensors, path / WEIGHTS, metadata={TIED: TIED_PUBLISHED})
+    write_json(path / CONFIG, settings)
+
+
+def upload(path: Path, repo_id: str, **options: Any) -> str:
+    """Upload a model directory to the Hub, making the repository if need be.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        NetworkError: The Hub cannot be reached, or refuses; the directory stays.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(token=options.pop("token", None))
+    try:
+        api.create_repo(repo_id, exist_ok=True, private=options.pop("private", None))
+        return str(api.upload_folder(repo_id=repo_id, folder_path=path, **options))
+    except (HfHubHTTPError, OSError) as error:
+        raise NetworkError(
+            f"the upload failed: {error}", where=repo_id, hint="hf auth login, then try again"
+        ) from None

@@ -1,0 +1,381 @@
+"""Parameters, floating-point operations and bytes of a network, in closed form.
+
+Nothing here builds a network or imports torch, so `nope size` answers at once. The formulas
+of the docstrings are written with the symbols
+
+    B  samples in a batch        d   embedding dimensions        L  layers
+    T  tokens in a sample        kv  key (or value) dimensions   V  vocabulary
+    N  B T, tokens in a batch    r   hidden ratio                H  query heads
+    P  parameters                w   bytes of an activation in a matrix product
+
+and memory is counted in bytes of live tensors: what the device's context and the allocator
+take on top is what `usable_memory` holds back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator
+
+from nope_gpt.config import MODEL, SHAPE_400M, SHAPE_TINY, ModelConfig, PretrainConfig, SizeConfig
+from nope_gpt.errors import CapacityError, UsageError
+from nope_gpt.knobs import flag_of
+
+PUBLISHED_SHAPES: dict[str, ModelConfig] = {
+    "NoPE-GPT-400M": ModelConfig(**SHAPE_400M),
+    "NoPE-GPT default (228M)": ModelConfig(),
+    "tiny": ModelConfig(**SHAPE_TINY),
+}
+
+# Near here the loss is lowest for a given compute: Hoffmann et al. 2022, arXiv:2203.15556.
+TOKENS_PER_PARAMETER = 20.0
+
+# In both precisions: weights, gradients, optimizer, residual stream, norms and loss.
+FLOAT32 = 4
+
+MATMUL_BYTES = {"float32": 4, "bfloat16": 2}
+
+# The loss is fullest in its backward pass, after the logits themselves are released: the
+# log-probabilities and two gradients of their size.
+LOSS_BYTES_PER_LOGIT = 3 * FLOAT32
+
+BYTE_UNITS: dict[str, int] = {"b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+
+
+def parse_memory(text: str) -> int:
+    """Read an amount of memory such as 24GB, 1.5 TiB or 24g as whole bytes.
+
+    KB, MB, GB and TB, or the letter alone, are powers of 1000; KiB to TiB of 1024.
+
+    Raises:
+        UsageError: The text is not a number with a unit, or is less than one byte.
+    """
+    match = re.fullmatch(r"([0-9]{0,15}\.?[0-9]{1,15})\s*([a-z]+)", text.strip().lower())
+    amount = round(float(match[1]) * BYTE_UNITS.get(match[2], 0)) if match else 0
+    if amount < 1:
+        raise UsageError(
+            f"{text!r} is not an amount of memory",
+            where="--memory",
+            hint="write a number above zero and a unit, such as --memory 24GB or --memory 24GiB",
+        )
+    return amount
+
+
+def format_bytes(amount: int) -> str:
+    """An amount of memory in decimal units, such as 24.0 GB."""
+    return _shortened(amount, (" B", " KB", " MB", " GB", " TB"))
+
+
+def format_count(amount: int) -> str:
+    """A number of parameters, tokens or operations, such as 408.4M."""
+    return _shortened(amount, ("", "K", "M", "B", "T"))
+
+
+def _shortened(amount: int, units: tuple[str, ...]) -> str:
+    """The number to one decimal in the first unit that leaves it below 1000."""
+    if amount < 1000:
+        return f"{amount}{units[0]}"
+    value, unit = float(amount), 0
+    while round(value, 1) >= 1000 and unit < len(units) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.1f}{units[unit]}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Named amounts that add up to a total."""
+
+    def as_dict(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    @property
+    def total(self) -> int:
+        return sum(self.as_dict().values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterCount(Parts):
+    """Parameters by part; the embedding is also the head, and counts once."""
+
+    embedding: int
+    attention: int
+    mlp: int
+    norms: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferenceMemory(Parts):
+    """Bytes that a model holds while it generates one sequence."""
+
+    weights: int
+    cache: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan(Parts):
+    """Bytes alive at one moment of a training step.
+
+    `transient` lives at that moment only: in the backward pass gradients in flight and a
+    recomputed block, in the optimizer's step its whole update.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int = 0
+    logits: int = 0
+    autocast_copies: int = 0
+    transient: int = 0
+
+    @property
+    def peak(self) -> int:
+        return self.total
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count the parameters exactly: P = V d + L (2 d² + 2 d kv + 2 r d² + 2 d) + d."""
+    d, layers = config.embedding_dimensions, config.num_decoder_layers
+    return ParameterCount(
+        embedding=config.vocabulary_size * d,
+        attention=layers * 2 * d * (d + config.kv_dimensions),
+        mlp=layers * 2 * d * config.hidden_dimensions,
+        norms=(2 * layers + 1) * d,
+    )
+
+
+def forward_flops(config: ModelConfig, tokens: int) -> int:
+    """Floating-point operations of the forward pass over one sequence, exactly.
+
+    A multiplication and an addition are two, and the half of the scores that the causal mask
+    hides is counted, as torch's flop counter does with the math backend of attention.
+    """
+    count = count_parameters(config)
+    scores = 4 * tokens * tokens * config.embedding_dimensions * config.num_decoder_layers
+    return 2 * tokens * (count.total - count.norms) + scores
+
+
+def training_flops_per_token(config: ModelConfig, tokens: int, causal: bool) -> int:
+    """Floating-point operations to train on one token of a sample of `tokens` tokens.
+
+    Args:
+        config: The network.
+        tokens: The tokens of a sample, T.
+        causal: True counts the scores that the causal mask leaves, 6 P + 6 L d T. False
+            counts all of them, 6 P + 12 L d T, which is the convention of PaLM (Chowdhery
+            et al. 2022, appendix B). Neither counts what checkpointing recomputes.
+    """
+    scores = config.num_decoder_layers * config.embedding_dimensions * tokens
+    return 6 * count_parameters(config).total + (6 if causal else 12) * scores
+
+
+def compute_optimal_tokens(
+    config: ModelConfig, tokens_per_parameter: float = TOKENS_PER_PARAMETER
+) -> int:
+    """Tokens to train on for the lowest loss that the same compute can buy."""
+    return round(count_parameters(config).total * tokens_per_parameter)
+
+
+def training_flops(config: ModelConfig, tokens: int, total_tokens: int, causal: bool) -> int:
+    """Floating-point operations of a run; the arguments of `training_flops_per_token`."""
+    return total_tokens * training_flops_per_token(config, tokens, causal)
+
+
+def inference_memory(
+    config: ModelConfig, context_length: int, bytes_per_value: int
+) -> InferenceMemory:
+    """Bytes of the weights and of a full key/value cache, all of them `bytes_per_value` wide."""
+    cached = 2 * config.num_decoder_layers * config.kv_dimensions * context_length
+    return InferenceMemory(
+        weights=count_parameters(config).total * bytes_per_value, cache=cached * bytes_per_value
+    )
+
+
+def training_memory(config: SizeConfig) -> MemoryPlan:
+    """The bytes at the fullest moment of a training step; `peak` is their sum.
+
+    The step is eager, without dropout, with all logits at once and an optimizer that updates
+    all tensors at once. Attention neither keeps the T x T scores nor repeats keys and values.
+    """
+    return max(training_moments(config).values(), key=lambda moment: moment.peak)
+
+
+def training_moments(config: SizeConfig) -> dict[str, MemoryPlan]:
+    """The bytes at each moment of a training step that can be the fullest, by name."""
+    weights = FLOAT32 * count_parameters(config).total
+    tokens = config.batch_size * config.tokens_per_sample
+    # Gradients are there throughout, because from the second batch of an update on they are.
+    step = MemoryPlan(weights=weights, gradients=weights, optimizer=_optimizer_bytes(config))
+    saved = dataclasses.replace(
+        step,
+        activations=tokens * _saved_bytes_per_token(config),
+        autocast_copies=_autocast_bytes(config),
+    )
+    logits = LOSS_BYTES_PER_LOGIT * tokens * config.vocabulary_size
+    in_flight = tokens * _backward_bytes_per_token(config)
+    return {
+        "loss": dataclasses.replace(saved, logits=logits),
+        "backward": dataclasses.replace(saved, transient=in_flight),
+        # AdamW (foreach) and Adafactor (foreach) both write their update before applying it.
+        "step": dataclasses.replace(step, transient=weights),
+    }
+
+
+def _optimizer_bytes(config: SizeConfig) -> int:
+    """AdamW: two averages for each parameter. Adafactor: a row and a column for each matrix."""
+    count = count_parameters(config)
+    if config.optimizer == "adamw":
+        return 2 * FLOAT32 * count.total
+    d = config.embedding_dimensions
+    # The sides of q and out, of k and v, and of the two matrices of the MLP.
+    block = 2 * (d + d) + 2 * (d + config.kv_dimensions) + 2 * (d + config.hidden_dimensions)
+    matrices = config.vocabulary_size + d + config.num_decoder_layers * block
+    return FLOAT32 * (matrices + count.norms)
+
+
+def _autocast_bytes(config: SizeConfig) -> int:
+    """Autocast keeps a bfloat16 copy of every matrix that the backward pass will read."""
+    if config.precision == "float32":
+        return 0
+    count = count_parameters(config)
+    # Checkpointed blocks make theirs again when they are recomputed.
+    blocks = 0 if config.activation_checkpointing else count.attention + count.mlp
+    return MATMUL_BYTES[config.precision] * (count.embedding + blocks)
+
+
+def _norm_bytes_per_token(config: SizeConfig) -> int:
+    """A norm saves its input, one over the root of its mean square, and their product."""
+    return FLOAT32 * (2 * config.embedding_dimensions + 1)
+
+
+def _block_bytes_per_token(config: SizeConfig) -> int:
+    """What autograd saves of a block: 24 d + 8 + 4 H + w (2 d + 2 kv + 2 r d) for each token.
+
+    The two norms save 16 d + 8. Their outputs take 8 d: in float32 4 d each; in bfloat16 2 d
+    for each of four casts, because q, k, v and the MLP all cast for themselves. In w bytes
+    follow q, k, v, the attention's output, and the MLP before and after its SiLU. Attention
+    also saves the log-sum-exp of each head.
+    """
+    d = config.embedding_dimensions
+    norms = 2 * _norm_bytes_per_token(config) + 8 * d
+    matmul_values = 2 * (d + config.kv_dimensions + config.hidden_dimensions)
+    return norms + FLOAT32 * config.num_q_heads + MATMUL_BYTES[config.precision] * matmul_values
+
+
+def _saved_bytes_per_token(config: SizeConfig) -> int:
+    """What the forward pass keeps for the backward pass, without the loss."""
+    d = config.embedding_dimensions
+    # A checkpointed block keeps its input alone.
+    block = FLOAT32 * d if config.activation_checkpointing else _block_bytes_per_token(config)
+    final_norm = _norm_bytes_per_token(config) + MATMUL_BYTES[config.precision] * d
+    return config.num_decoder_layers * block + final_norm
+
+
+def _backward_bytes_per_token(config: SizeConfig) -> int:
+    """What the backward pass of a block adds at its fullest, in the second matrix of the MLP.
+
+    The gradient of the residual stream, its cast under autocast and the gradient of the
+    hidden neurons; with checkpointing also the recomputed block, but for its input.
+    """
+    d = config.embedding_dimensions
+    cast = 0 if config.precision == "float32" else d
+    gradients = FLOAT32 * d + MATMUL_BYTES[config.precision] * (cast + config.hidden_dimensions)
+    recomputed = _block_bytes_per_token(config) - FLOAT32 * d
+    return gradients + (recomputed if config.activation_checkpointing else 0)
+
+
+def usable_memory(memory: int) -> int:
+    """The bytes of a device that live tensors can fill.
+
+    A twentieth is the allocator's slack, and 1 GB is the reserve for the device's context, or
+    a tenth below 4 GB. From there the answer stays level until the first rule exceeds it, so
+    that more memory never holds less.
+    """
+    return int(max(0.95 * memory - 1e9, 0.85 * min(memory, 4e9)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A published shape and the settings to train it with."""
+
+    name: str
+    config: SizeConfig
+    gradient_accumulation_steps: int
+
+    @property
+    def memory(self) -> MemoryPlan:
+        return training_memory(self.config)
+
+    @property
+    def command(self) -> str:
+        """The line to type: the flags that differ from their defaults, the shape first."""
+        fields = {field.name: field for field in dataclasses.fields(PretrainConfig)}
+        values = {name: value for name, value in self.config.as_dict().items() if name in fields}
+        values["gradient_accumulation_steps"] = self.gradient_accumulation_steps
+        words = ["nope", "pretrain"]
+        for name in sorted(values, key=lambda name: fields[name].metadata["panel"] != MODEL):
+            if values[name] != fields[name].default:
+                argument = [] if values[name] is True else [str(values[name])]
+                words += [flag_of(fields[name]), *argument]
+        return shlex.join(words)
+
+
+def largest_that_trains(memory: int, config: SizeConfig) -> Plan:
+    """Find the largest published shape that trains in `memory` bytes, and its largest batch.
+
+    Samples, vocabulary, optimizer and precision are the config's. The samples in an update
+    are as many as `nope pretrain` takes by default.
+
+    Raises:
+        CapacityError: Not even the smallest shape fits; names the largest part of what it
+            needs, and the command with the least change that fits.
+    """
+    usable = usable_memory(memory)
+    plans = (_first_that_fits(usable, each) for each in (config, *_reductions(config)))
+    plan = next(plans)
+    if plan is not None:
+        return plan
+    *_, smallest = _plans(config)
+    needed = smallest.memory
+    part, amount = max(needed.as_dict().items(), key=lambda item: item[1])
+    reduced = next((each for each in plans if each is not None), None)
+    raise CapacityError(
+        f"{smallest.name}, the smallest shape, needs {format_bytes(needed.peak)} to train and "
+        f"{format_bytes(usable)} are usable; most of it, {format_bytes(amount)}, is "
+        f"{part.replace('_', ' ')}",
+        where=f"--memory {config.memory or format_bytes(memory)}",
+        hint=reduced.command if reduced else "train on a device with more memory",
+    )
+
+
+def _first_that_fits(usable: int, config: SizeConfig) -> Plan | None:
+    return next((plan for plan in _plans(config) if plan.memory.peak <= usable), None)
+
+
+def _plans(config: SizeConfig) -> Iterator[Plan]:
+    """The plans to try: large shapes first, then without recomputation, then large batches."""
+    default = PretrainConfig()
+    samples = default.batch_size * default.gradient_accumulation_steps
+    by_size = sorted(PUBLISHED_SHAPES.items(), key=lambda item: -count_parameters(item[1]).total)
+    for name, model in by_size:
+        shaped = config.changed(**{**model.as_dict(), "vocabulary_size": config.vocabulary_size})
+        for checkpointing in sorted({config.activation_checkpointing, True}):
+            for power in reversed(range(samples.bit_length())):
+                sized = shaped.changed(
+                    activation_checkpointing=checkpointing, batch_size=1 << power
+                )
+                yield Plan(name=name, config=sized, gradient_accumulation_steps=samples >> power)
+
+
+def _reductions(config: SizeConfig) -> Iterator[SizeConfig]:
+    """Settings that need less memory, from the least change to the greatest."""
+    tokens = config.tokens_per_sample
+    while tokens:
+        for optimizer in (config.optimizer, "adafactor"):
+            yield config.changed(tokens_per_sample=tokens, optimizer=optimizer)
+        tokens //= 2
