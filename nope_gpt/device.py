@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from contextlib import AbstractContextManager, nullcontext
@@ -90,6 +91,12 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     if precision == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=precision)
+
+
+def seed_of(*parts: int) -> int:
+    """A seed that is a pure function of numbers, and unlike that of any others."""
+    text = " ".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 def draw_seed() -> int:

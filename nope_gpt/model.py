@@ -89,16 +89,19 @@ class NoPEGPT(nn.Module):
         2.3), and that the embedding, being the head too, is half as large: at 1/sqrt(C)
         the logits would have unit variance, which alone costs 0.5 nats.
         """
-        layers = self.config.num_decoder_layers
-        nn.init.normal_(
-            self.token_embeddings.weight, std=0.5 / math.sqrt(self.embedding_dimensions)
-        )
+        residual = 1.0 / math.sqrt(2 * self.config.num_decoder_layers)
+        embedding_std = 0.5 / math.sqrt(self.embedding_dimensions)
+        nn.init.normal_(self.token_embeddings.weight, std=embedding_std)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                std = 1.0 / math.sqrt(module.in_features)
-                if name.endswith(("out_proj", "down")):
-                    std /= math.sqrt(2 * layers)
-                nn.init.normal_(module.weight, std=std)
+                gain = residual if name.endswith(("out_proj", "down")) else 1.0
+                nn.init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
+
+    def initialize_as_seed(self) -> None:
+        """Draw the weights as torch does by default, which the published models began with."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.reset_parameters()
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute logits, or the loss against targets.
@@ -224,6 +227,13 @@ class NoPEGPT(nn.Module):
     @property
     def num_trainable_params(self) -> int:
         return sum(weight.numel() for weight in self.parameters() if weight.requires_grad)
+
+    def set_dropout(self, dropout: float) -> None:
+        """Change the proportion of signals that training sets to zero."""
+        self.config = self.config.changed(dropout=dropout)
+        for layer in self.decoder.layers:
+            layer.attention.dropout = dropout
+            layer.feed_forward.dropout.p = dropout
 
     def freeze_model_parameters(self) -> None:
         """Train nothing."""

@@ -1,23 +1,19 @@
 """Parameters, floating-point operations and bytes of a network, in closed form.
 
-Nothing here builds a network or imports torch, so `nope size` answers at once. The formulas
-of the docstrings are written with the symbols
-
-    B  samples in a batch        d   embedding dimensions        L  layers
-    T  tokens in a sample        kv  key (or value) dimensions   V  vocabulary
-    N  B T, tokens in a batch    r   hidden ratio                H  query heads
-    P  parameters                w   bytes of an activation in a matrix product
-
-and memory is counted in bytes of live tensors: what the device's context and the allocator
-take on top is what `usable_memory` holds back.
+Nothing here builds a network or imports torch, so `nope size` answers at once. In formulas,
+P is the parameters, V the vocabulary, L the layers, d the embedding dimensions, kv the key (or
+value) dimensions, H the query heads, r the hidden ratio, T the tokens in a sample and w the
+bytes of an activation in a matrix product. Memory is bytes of live tensors; what a device
+needs on top is what `usable_memory` holds back.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from nope_gpt.config import MODEL, SHAPE_400M, SHAPE_TINY, ModelConfig, PretrainConfig, SizeConfig
 from nope_gpt.errors import CapacityError, UsageError
@@ -29,16 +25,11 @@ PUBLISHED_SHAPES: dict[str, ModelConfig] = {
     "tiny": ModelConfig(**SHAPE_TINY),
 }
 
-# Near here the loss is lowest for a given compute: Hoffmann et al. 2022, arXiv:2203.15556.
-TOKENS_PER_PARAMETER = 20.0
-
 # In both precisions: weights, gradients, optimizer, residual stream, norms and loss.
 FLOAT32 = 4
-
 MATMUL_BYTES = {"float32": 4, "bfloat16": 2}
 
-# The loss is fullest in its backward pass, after the logits themselves are released: the
-# log-probabilities and two gradients of their size.
+# Log-probabilities and two gradients of their size; the logits themselves are gone by then.
 LOSS_BYTES_PER_LOGIT = 3 * FLOAT32
 
 BYTE_UNITS: dict[str, int] = {"b": 1} | {
@@ -119,11 +110,7 @@ class InferenceMemory(Parts):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryPlan(Parts):
-    """Bytes alive at one moment of a training step.
-
-    `transient` lives at that moment only: in the backward pass gradients in flight and a
-    recomputed block, in the optimizer's step its whole update.
-    """
+    """Bytes alive at one moment of a training step; `transient` at that moment only."""
 
     weights: int
     gradients: int
@@ -163,21 +150,16 @@ def forward_flops(config: ModelConfig, tokens: int) -> int:
 def training_flops_per_token(config: ModelConfig, tokens: int, causal: bool) -> int:
     """Floating-point operations to train on one token of a sample of `tokens` tokens.
 
-    Args:
-        config: The network.
-        tokens: The tokens of a sample, T.
-        causal: True counts the scores that the causal mask leaves, 6 P + 6 L d T. False
-            counts all of them, 6 P + 12 L d T, which is the convention of PaLM (Chowdhery
-            et al. 2022, appendix B). Neither counts what checkpointing recomputes.
+    Causal counts the scores that the mask leaves, 6 P + 6 L d T. Otherwise all are counted,
+    6 P + 12 L d T, the convention of PaLM (Chowdhery et al. 2022, appendix B). Neither counts
+    what checkpointing recomputes.
     """
     scores = config.num_decoder_layers * config.embedding_dimensions * tokens
     return 6 * count_parameters(config).total + (6 if causal else 12) * scores
 
 
-def compute_optimal_tokens(
-    config: ModelConfig, tokens_per_parameter: float = TOKENS_PER_PARAMETER
-) -> int:
-    """Tokens to train on for the lowest loss that the same compute can buy."""
+def compute_optimal_tokens(config: ModelConfig, tokens_per_parameter: float = 20.0) -> int:
+    """Tokens for the lowest loss that the compute can buy, after Hoffmann et al. 2022."""
     return round(count_parameters(config).total * tokens_per_parameter)
 
 
@@ -190,10 +172,9 @@ def inference_memory(
     config: ModelConfig, context_length: int, bytes_per_value: int
 ) -> InferenceMemory:
     """Bytes of the weights and of a full key/value cache, all of them `bytes_per_value` wide."""
-    cached = 2 * config.num_decoder_layers * config.kv_dimensions * context_length
-    return InferenceMemory(
-        weights=count_parameters(config).total * bytes_per_value, cache=cached * bytes_per_value
-    )
+    weights = count_parameters(config).total
+    cache = 2 * config.num_decoder_layers * config.kv_dimensions * context_length
+    return InferenceMemory(weights=weights * bytes_per_value, cache=cache * bytes_per_value)
 
 
 def training_memory(config: SizeConfig) -> MemoryPlan:
@@ -207,21 +188,23 @@ def training_memory(config: SizeConfig) -> MemoryPlan:
 
 def training_moments(config: SizeConfig) -> dict[str, MemoryPlan]:
     """The bytes at each moment of a training step that can be the fullest, by name."""
-    weights = FLOAT32 * count_parameters(config).total
+    count = count_parameters(config)
+    d, weights = config.embedding_dimensions, FLOAT32 * count.total
     tokens = config.batch_size * config.tokens_per_sample
-    # Gradients are there throughout, because from the second batch of an update on they are.
+    # From the second batch of an update on, the gradients are there all the time.
     step = MemoryPlan(weights=weights, gradients=weights, optimizer=_optimizer_bytes(config))
-    saved = dataclasses.replace(
-        step,
-        activations=tokens * _saved_bytes_per_token(config),
-        autocast_copies=_autocast_bytes(config),
-    )
+    # A checkpointed block keeps its input alone.
+    kept = FLOAT32 * d if config.activation_checkpointing else _block_bytes_per_token(config)
+    blocks = tokens * config.num_decoder_layers * kept
+    busy = dataclasses.replace(step, activations=blocks, autocast_copies=_autocast_bytes(config))
+    final_norm = tokens * (FLOAT32 * (2 * d + 1) + MATMUL_BYTES[config.precision] * d)
     logits = LOSS_BYTES_PER_LOGIT * tokens * config.vocabulary_size
-    in_flight = tokens * _backward_bytes_per_token(config)
+    # The head's gradient waits for that of the embedding, which is the same matrix.
+    in_flight = FLOAT32 * count.embedding + tokens * _backward_bytes_per_token(config)
     return {
-        "loss": dataclasses.replace(saved, logits=logits),
-        "backward": dataclasses.replace(saved, transient=in_flight),
-        # AdamW (foreach) and Adafactor (foreach) both write their update before applying it.
+        "loss": dataclasses.replace(busy, activations=blocks + final_norm, logits=logits),
+        "backward": dataclasses.replace(busy, transient=in_flight),
+        # With foreach, AdamW and Adafactor both write the whole update before applying it.
         "step": dataclasses.replace(step, transient=weights),
     }
 
@@ -248,32 +231,17 @@ def _autocast_bytes(config: SizeConfig) -> int:
     return MATMUL_BYTES[config.precision] * (count.embedding + blocks)
 
 
-def _norm_bytes_per_token(config: SizeConfig) -> int:
-    """A norm saves its input, one over the root of its mean square, and their product."""
-    return FLOAT32 * (2 * config.embedding_dimensions + 1)
-
-
 def _block_bytes_per_token(config: SizeConfig) -> int:
     """What autograd saves of a block: 24 d + 8 + 4 H + w (2 d + 2 kv + 2 r d) for each token.
 
-    The two norms save 16 d + 8. Their outputs take 8 d: in float32 4 d each; in bfloat16 2 d
-    for each of four casts, because q, k, v and the MLP all cast for themselves. In w bytes
-    follow q, k, v, the attention's output, and the MLP before and after its SiLU. Attention
-    also saves the log-sum-exp of each head.
+    Each norm saves its input, one over its root mean square, and their product: 8 d + 4.
+    Their outputs take 8 d: in float32 4 d each, in bfloat16 2 d for each of four casts, as q,
+    k, v and the MLP cast for themselves. Attention saves the log-sum-exp of each head, and in
+    w bytes q, k, v and its output; the MLP, in w bytes, both sides of its SiLU.
     """
-    d = config.embedding_dimensions
-    norms = 2 * _norm_bytes_per_token(config) + 8 * d
-    matmul_values = 2 * (d + config.kv_dimensions + config.hidden_dimensions)
-    return norms + FLOAT32 * config.num_q_heads + MATMUL_BYTES[config.precision] * matmul_values
-
-
-def _saved_bytes_per_token(config: SizeConfig) -> int:
-    """What the forward pass keeps for the backward pass, without the loss."""
-    d = config.embedding_dimensions
-    # A checkpointed block keeps its input alone.
-    block = FLOAT32 * d if config.activation_checkpointing else _block_bytes_per_token(config)
-    final_norm = _norm_bytes_per_token(config) + MATMUL_BYTES[config.precision] * d
-    return config.num_decoder_layers * block + final_norm
+    d, heads = config.embedding_dimensions, config.num_q_heads
+    values = 2 * (d + config.kv_dimensions + config.hidden_dimensions)
+    return FLOAT32 * (6 * d + 2 + heads) + MATMUL_BYTES[config.precision] * values
 
 
 def _backward_bytes_per_token(config: SizeConfig) -> int:
@@ -292,14 +260,13 @@ def _backward_bytes_per_token(config: SizeConfig) -> int:
 def usable_memory(memory: int) -> int:
     """The bytes of a device that live tensors can fill.
 
-    A twentieth is the allocator's slack, and 1 GB is the reserve for the device's context, or
-    a tenth below 4 GB. From there the answer stays level until the first rule exceeds it, so
-    that more memory never holds less.
+    A twentieth is the allocator's slack; 1 GB, or a tenth below 4 GB, is for the device's
+    context. Just above 4 GB the answer stays level, so that more memory never holds less.
     """
     return int(max(0.95 * memory - 1e9, 0.85 * min(memory, 4e9)))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A published shape and the settings to train it with."""
 
@@ -314,14 +281,14 @@ class Plan:
     @property
     def command(self) -> str:
         """The line to type: the flags that differ from their defaults, the shape first."""
-        fields = {field.name: field for field in dataclasses.fields(PretrainConfig)}
-        values = {name: value for name, value in self.config.as_dict().items() if name in fields}
+        values = self.config.as_dict()
         values["gradient_accumulation_steps"] = self.gradient_accumulation_steps
+        fields = dataclasses.fields(PretrainConfig)
         words = ["nope", "pretrain"]
-        for name in sorted(values, key=lambda name: fields[name].metadata["panel"] != MODEL):
-            if values[name] != fields[name].default:
-                argument = [] if values[name] is True else [str(values[name])]
-                words += [flag_of(fields[name]), *argument]
+        for field in sorted(fields, key=lambda field: field.metadata["panel"] != MODEL):
+            value = values.get(field.name, field.default)
+            if value != field.default:
+                words += [flag_of(field)] if value is True else [flag_of(field), str(value)]
         return shlex.join(words)
 
 
@@ -336,46 +303,43 @@ def largest_that_trains(memory: int, config: SizeConfig) -> Plan:
             needs, and the command with the least change that fits.
     """
     usable = usable_memory(memory)
-    plans = (_first_that_fits(usable, each) for each in (config, *_reductions(config)))
-    plan = next(plans)
-    if plan is not None:
+    if plan := _first_that_fits(usable, [config]):
         return plan
     *_, smallest = _plans(config)
     needed = smallest.memory
     part, amount = max(needed.as_dict().items(), key=lambda item: item[1])
-    reduced = next((each for each in plans if each is not None), None)
+    reduced = _first_that_fits(usable, _reductions(config))
     raise CapacityError(
-        f"{smallest.name}, the smallest shape, needs {format_bytes(needed.peak)} to train and "
-        f"{format_bytes(usable)} are usable; most of it, {format_bytes(amount)}, is "
-        f"{part.replace('_', ' ')}",
+        f"{smallest.name}, the smallest shape, needs {format_bytes(needed.peak)} to train even "
+        f"with activation checkpointing, and {format_bytes(usable)} are usable; the largest part "
+        f"is {part.replace('_', ' ')}, {format_bytes(amount)}",
         where=f"--memory {config.memory or format_bytes(memory)}",
         hint=reduced.command if reduced else "train on a device with more memory",
     )
 
 
-def _first_that_fits(usable: int, config: SizeConfig) -> Plan | None:
-    return next((plan for plan in _plans(config) if plan.memory.peak <= usable), None)
+def _first_that_fits(usable: int, configs: Iterable[SizeConfig]) -> Plan | None:
+    plans = (plan for config in configs for plan in _plans(config))
+    return next((plan for plan in plans if plan.memory.peak <= usable), None)
 
 
 def _plans(config: SizeConfig) -> Iterator[Plan]:
     """The plans to try: large shapes first, then without recomputation, then large batches."""
     default = PretrainConfig()
     samples = default.batch_size * default.gradient_accumulation_steps
-    by_size = sorted(PUBLISHED_SHAPES.items(), key=lambda item: -count_parameters(item[1]).total)
-    for name, model in by_size:
-        shaped = config.changed(**{**model.as_dict(), "vocabulary_size": config.vocabulary_size})
-        for checkpointing in sorted({config.activation_checkpointing, True}):
-            for power in reversed(range(samples.bit_length())):
-                sized = shaped.changed(
-                    activation_checkpointing=checkpointing, batch_size=1 << power
-                )
-                yield Plan(name=name, config=sized, gradient_accumulation_steps=samples >> power)
+    batches = [1 << power for power in reversed(range(samples.bit_length()))]
+    recomputing = sorted({config.activation_checkpointing, True})
+    shapes = sorted(PUBLISHED_SHAPES.items(), key=lambda item: -count_parameters(item[1]).total)
+    for (name, shape), recompute, batch in itertools.product(shapes, recomputing, batches):
+        values = {**shape.as_dict(), "vocabulary_size": config.vocabulary_size}
+        values |= {"activation_checkpointing": recompute, "batch_size": batch}
+        yield Plan(name, config.changed(**values), samples // batch)
 
 
 def _reductions(config: SizeConfig) -> Iterator[SizeConfig]:
     """Settings that need less memory, from the least change to the greatest."""
     tokens = config.tokens_per_sample
-    while tokens:
+    while tokens >= 64:  # a shorter context has hardly anything to attend to
         for optimizer in (config.optimizer, "adafactor"):
             yield config.changed(tokens_per_sample=tokens, optimizer=optimizer)
         tokens //= 2

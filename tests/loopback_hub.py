@@ -77,7 +77,7 @@ def tree_id(files: Files) -> str:
 
 
 @cache
-def inspect(source: Path, size: int, _modified_ns: int) -> StoredFile:
+def examine(source: Path, size: int, _modified_ns: int) -> StoredFile:
     """Hash a file, once for as long as its size and its modification time stay the same."""
     content = source.read_bytes()
     if not belongs_in_lfs(source.name, size, content):
@@ -99,63 +99,52 @@ def inside(folder: Path, relative: str) -> Path:
     return place
 
 
-@dataclass(frozen=True)
-class Repository:
-    """A folder that the hub serves as a model or a dataset."""
-
-    folder: Path
-    address: str
-
-    def files(self) -> Files:
-        sources = {s: s.stat() for s in sorted(self.folder.rglob("*")) if s.is_file()}
-        return {
-            source.relative_to(self.folder).as_posix(): inspect(source, stat.st_size, stat.st_mtime_ns)
-            for source, stat in sources.items()
-        }
-
-    def entries(self) -> dict[str, Json]:
-        """Every folder and every file, by path, as listings describe them."""
-        files = self.files()
-        folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
-        entries = {path: {"type": "file", "path": path} | files[path].listing for path in files}
-        for folder in sorted(folders):
-            below = {path: file for path, file in files.items() if path.startswith(f"{folder}/")}
-            entries[folder] = {"type": "directory", "path": folder, "oid": tree_id(below), "size": 0}
-        return entries
-
-    def commit(self, operations: list[Json], objects: dict[str, bytes]) -> str:
-        """Carry out every operation, or none of them if one is refused."""
-        changes: dict[Path, bytes | None] = {}
-        for action, value in ((operation["key"], operation["value"]) for operation in operations):
-            place = inside(self.folder, value["path"])
-            if action == "file":
-                changes[place] = base64.b64decode(value["content"])
-            elif action == "lfsFile" and value["oid"] in objects:
-                changes[place] = objects[value["oid"]]
-            elif action == "deletedFile" and place.is_file():
-                changes[place] = None
-            else:
-                raise HubError(400, "BadRequest", "This operation cannot be carried out")
-        for place, content in changes.items():
-            if content is None:
-                place.unlink()
-            else:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_bytes(content)
-        return tree_id(self.files())
+def stored_files(repository: Path) -> Files:
+    """Every file of a repository, by path."""
+    found = ((file, file.stat()) for file in sorted(repository.rglob("*")) if file.is_file())
+    return {
+        file.relative_to(repository).as_posix(): examine(file, stat.st_size, stat.st_mtime_ns)
+        for file, stat in found
+    }
 
 
-ENDPOINTS: list[tuple[str, Callable[..., object]]] = []
+def tree_entries(files: Files) -> dict[str, Json]:
+    """Every file and every folder, by path, as listings describe them."""
+    entries = {path: file.listing | {"type": "file", "path": path} for path, file in files.items()}
+    folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
+    for folder in sorted(folders):
+        oid = tree_id({path: files[path] for path in files if path.startswith(f"{folder}/")})
+        entries[folder] = {"type": "directory", "path": folder, "size": 0, "oid": oid}
+    return entries
+
+
+def carry_out(operations: list[Json], repository: Path, objects: dict[str, bytes]) -> None:
+    """Change a repository as a commit says, or refuse before any of it has happened."""
+    changes: dict[Path, bytes | None] = {}
+    for action, value in ((operation["key"], operation["value"]) for operation in operations):
+        place = inside(repository, value["path"])
+        if action == "file":
+            changes[place] = base64.b64decode(value["content"])
+        elif action == "lfsFile" and value["oid"] in objects:
+            changes[place] = objects[value["oid"]]
+        elif action == "deletedFile" and place.is_file():
+            changes[place] = None
+        else:
+            raise HubError(400, "BadRequest", "This operation cannot be carried out")
+    for place, content in changes.items():
+        if content is None:
+            place.unlink()
+        else:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+
+
+ENDPOINTS: dict[str, Callable[..., object]] = {}
 
 
 def endpoint(pattern: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
     """Let a method answer the requests that match, with the pattern's groups as its arguments."""
-
-    def register(method: Callable[..., object]) -> Callable[..., object]:
-        ENDPOINTS.append((pattern, method))
-        return method
-
-    return register
+    return lambda method: ENDPOINTS.setdefault(pattern, method)
 
 
 class Conversation(BaseHTTPRequestHandler):
@@ -186,7 +175,7 @@ class Conversation(BaseHTTPRequestHandler):
 
     def reply_to(self, request: str) -> Reply:
         self.hub.requests.append(request)
-        for pattern, method in ENDPOINTS:
+        for pattern, method in ENDPOINTS.items():
             if match := re.fullmatch(pattern, request):
                 groups = {name: text and unquote(text) for name, text in match.groupdict().items()}
                 try:
@@ -200,34 +189,161 @@ class Conversation(BaseHTTPRequestHandler):
         if not self.headers.get("Authorization", "").startswith("Bearer "):
             raise HubError(401, "Unauthorized", "Invalid username or password.")
 
-    def repository(self, kind: str | None, name: str, revision: str = "main") -> Repository:
-        kind = kind or "models"
-        address = name if kind == "models" else f"{kind}/{name}"
-        repository = Repository(self.hub.root / kind / name, address)
-        if not repository.folder.is_dir():
+    def repository(self, kind: str | None, name: str, revision: str = "main") -> Path:
+        repository = self.hub.root / (kind or "models") / name
+        if not repository.is_dir():
             raise HubError(404, "RepoNotFound", "Repository not found")
-        if revision not in {"main", tree_id(repository.files())}:
+        if revision not in {"main", tree_id(stored_files(repository))}:
             raise HubError(404, "RevisionNotFound", "Invalid rev id")
         return repository
+
+    def site_url(self, repository: Path) -> str:
+        address = repository.relative_to(self.hub.root).as_posix()
+        return f"{self.hub.url}/{address.removeprefix('models/')}"
 
     @endpoint("GET /api/whoami-v2")
     def whoami(self) -> Json:
         self.require_token()
-        token = {"displayName": "loopback", "role": "write"}
-        auth = {"type": "access_token", "accessToken": token}
-        return {"type": "user", "id": USER, "name": USER, "orgs": [], "auth": auth}
+        return {"type": "user", "name": USER, "orgs": []}
 
     @endpoint("POST /api/validate-yaml")
     def validate_yaml(self) -> Json:
         return {"errors": [], "warnings": []}
 
     @endpoint("POST /api/repos/create")
-    def create_repository(self) -> Json:
+    def create_repository(self) -> Json | Reply:
         self.require_token()
         wish = json.loads(self.body)
-        kind, name = f"{wish.get('type', 'model')}s", f"{wish['organization'] or USER}/{wish['name']}"
-        if kind not in {"models", "datasets"} or not re.fullmatch(NAME, name):
+        address = f"{wish.get('type', 'model')}s/{wish['organization'] or USER}/{wish['name']}"
+        if not re.fullmatch(API, f"/api/{address}"):
             raise HubError(400, "BadRequest", "Invalid repository type or name")
-        folder = inside(self.hub.root, f"{kind}/{name}")
-        ...
+        repository = inside(self.hub.root, address)
+        created = {"url": self.site_url(repository)}
+        if repository.is_dir():
+            # The client reads the URL even here when it was told that existing is fine.
+            return Reply(json.dumps(created | {"error": "It exists already"}).encode(), 409)
+        repository.mkdir(parents=True)
+        return created
 
+    @endpoint(rf"GET {API}(?:/revision/{REVISION})?")
+    def repository_info(self, kind: str, name: str, revision: str | None) -> Json:
+        files = stored_files(self.repository(kind, name, revision or "main"))
+        siblings = [{"rfilename": path} for path in files]
+        if "blobs" in self.query:
+            siblings = [{"rfilename": path} | files[path].listing for path in files]
+        return {"id": name, "sha": tree_id(files), "private": False, "siblings": siblings}
+
+    @endpoint(rf"GET {API}/tree/{REVISION}(?:/(?P<folder>.+))?")
+    def tree(self, kind: str, name: str, revision: str, folder: str | None) -> list[Json]:
+        entries = tree_entries(stored_files(self.repository(kind, name, revision)))
+        if folder and entries.get(folder, {}).get("type") != "directory":
+            raise HubError(404, "EntryNotFound", "Entry not found")
+        prefix = f"{folder}/" if folder else ""
+        recursive = self.query.get("recursive", [""])[0].lower() == "true"
+        below = {path.removeprefix(prefix): path for path in entries if path.startswith(prefix)}
+        return [entries[path] for rest, path in below.items() if recursive or "/" not in rest]
+
+    @endpoint(rf"POST {API}/paths-info/{REVISION}")
+    def paths_info(self, kind: str, name: str, revision: str) -> list[Json]:
+        entries = tree_entries(stored_files(self.repository(kind, name, revision)))
+        paths = parse_qs(self.body.decode()).get("paths", [])
+        return [entries[path] for path in paths if path in entries]
+
+    @endpoint(rf"(?:GET|HEAD) {SITE}/resolve/{REVISION}/(?P<path>.+)")
+    def resolve(self, kind: str | None, name: str, revision: str, path: str) -> Reply:
+        files = stored_files(self.repository(kind, name, revision))
+        headers = {"X-Repo-Commit": tree_id(files)}
+        if path not in files:
+            raise HubError(404, "EntryNotFound", "Entry not found", **headers)
+        etag, size = f'"{files[path].etag}"', files[path].listing["size"]
+        headers |= {"Accept-Ranges": "bytes", "ETag": etag}
+        if "lfs" in files[path].listing:
+            headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(size)}
+        content = files[path].source.read_bytes()
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not span:
+            return Reply(content, headers=headers)
+        part = content[int(span[1]) : int(span[2]) + 1 if span[2] else size]
+        if not part:
+            return Reply(status=416, headers=headers | {"Content-Range": f"bytes */{size}"})
+        last = int(span[1]) + len(part) - 1
+        return Reply(part, 206, headers | {"Content-Range": f"bytes {span[1]}-{last}/{size}"})
+
+    @endpoint(rf"POST {API}/preupload/{REVISION}")
+    def choose_upload_modes(self, kind: str, name: str, revision: str) -> Json:
+        self.require_token()
+        files = stored_files(self.repository(kind, name, revision))
+        answers = []
+        for offer in json.loads(self.body)["files"]:
+            path, sample = offer["path"], base64.b64decode(offer["sample"])
+            mode = "lfs" if belongs_in_lfs(path, offer["size"], sample) else "regular"
+            present = {"oid": files[path].etag} if path in files else {}
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | present)
+        return {"files": answers}
+
+    @endpoint(rf"POST {SITE}\.git/info/lfs/objects/batch")
+    def place_objects(self, kind: str | None, name: str) -> Json:
+        self.require_token()
+        self.repository(kind, name)
+        wanted = json.loads(self.body)["objects"]
+        for item in wanted:
+            if item["oid"] not in self.hub.objects:
+                href = f"{self.hub.url}/lfs/{item['oid']}"
+                item["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
+        return {"transfer": "basic", "objects": wanted}
+
+    @endpoint(f"PUT {OBJECT}")
+    def receive_object(self, oid: str) -> Json:
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            raise HubError(400, "BadRequest", "The content has another SHA-256")
+        self.hub.objects[oid] = self.body
+        return {}
+
+    @endpoint(f"POST {OBJECT}/verify")
+    def verify_object(self, oid: str) -> Json:
+        if len(self.hub.objects.get(oid, b"")) != json.loads(self.body)["size"]:
+            raise HubError(400, "BadRequest", "The object is missing or has another size")
+        return {}
+
+    @endpoint(rf"POST {API}/commit/{REVISION}")
+    def commit(self, kind: str, name: str, revision: str) -> Json:
+        self.require_token()
+        repository = self.repository(kind, name, revision)
+        _header, *operations = (json.loads(line) for line in self.body.splitlines())
+        carry_out(operations, repository, self.hub.objects)
+        oid = tree_id(stored_files(repository))
+        url = f"{self.site_url(repository)}/commit/{oid}"
+        return {"success": True, "commitOid": oid, "commitUrl": url}
+
+
+class LoopbackHub:
+    """A hub that serves (and accepts into) a folder: ROOT/{models,datasets}/ORG/NAME."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.requests: list[str] = []
+        self.objects: dict[str, bytes] = {}
+        self.one_at_a_time = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Conversation, self))
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """What a process needs in its environment for its huggingface_hub to talk to this hub."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_loopback",
+        }
+
+    def __enter__(self) -> Self:
+        serve = partial(self._server.serve_forever, poll_interval=0.05)
+        self._thread = threading.Thread(target=serve, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()

@@ -202,7 +202,8 @@ else:
             def hidden():
                 """{SAYING} Nobody can name this."""
     except NameError:
-        pass
+        def whisper(words):
+            """{SAYING} Softly. 2"""
 class Speaker(object):
     """{SAYING} 3"""
     @property
@@ -217,13 +218,14 @@ class Speaker(object):
     assert docstrings(tmp_path) == [
         f"module speech\n\n{SAYING} 1",
         f"speech.say(words: str, /, *rest, loud=True) -> None\n\n{SAYING} 2",
+        f"speech.whisper(words)\n\n{SAYING} Softly. 2",
         f"class speech.Speaker\n\n{SAYING} 3",
         f"property speech.Speaker.voice\n\n{SAYING} 4",
         f"speech.Speaker.say(self)\n\n{SAYING} 5",
         f"class speech.Speaker._Throat\n\n{SAYING} 6",
         f"module speech.aloud\n\n{SAYING} 7",
     ]
-    assert [answer[-1] for _, answer in dialogue(tmp_path)] == list("123457")
+    assert [answer[-1] for _, answer in dialogue(tmp_path)] == list("1223457")
 
 
 def test_files_that_cannot_be_read_are_passed_over_and_none_is_run(
@@ -232,7 +234,8 @@ def test_files_that_cannot_be_read_are_passed_over_and_none_is_run(
     marker = tmp_path / "imported"
     modules: dict[str, str | bytes] = {
         "broken": f'"""{SAYING}"""\ndef (',
-        "bytes": f'"""{SAYING}"""\n'.encode() + b"\0\xff",
+        "bytes": f'"""{SAYING}"""\0',
+        "deep": f'"""{SAYING}"""\n' + "-" * 20_000 + "1",
         "escaped": f'"""{SAYING} \\d"""',
         "future": f'"""{SAYING}"""\nperhaps x = 1 unless late:\n    hope()\n',
         "latin": f'# -*- coding: latin-1 -*-\n"""{SAYING} caf\xe9"""'.encode("latin-1"),

@@ -1,1 +1,1 @@
-"""From sources to documents to token shards to batches: the verb `prepare`, and how training reads."""
+"""Sources to documents to token shards to batches: the verb `prepare`, and what training reads."""

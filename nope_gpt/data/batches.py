@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nope_gpt.artifacts import MANIFEST
 from nope_gpt.data.shards import Dataset, EncodedDocument, Tokens, TokenStream, conversations
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.model import IGNORED
@@ -291,42 +292,52 @@ def trained(document: EncodedDocument) -> bool:
     return document.mask is not None and bool(document.mask[1:].any())
 
 
-def find_dataset(root: Path, name: str | None, fineweb: tuple[str | None, str | None]) -> Path:
+def find_dataset(
+    root: Path,
+    name: str | None,
+    fineweb: tuple[str | None, str | None] = (None, None),
+    content: str = "text",
+) -> Path:
     """The directory of the data set that a command means.
 
     Args:
         root: The root of the data sets, or one data set's own directory.
         name: The one in the root.
         fineweb: Subset and encoding, where those name it.
+        content: "text" or "chat": what it must hold if nobody names it.
 
     Raises:
         MissingError: It is not there, or none is; lists those that are.
         UsageError: There are several and none was named.
     """
-    if (root / "manifest.json").is_file():
+    if (root / MANIFEST).is_file():
         return root
-    present = sorted(path.parent.name for path in root.glob("*/manifest.json"))
-    listing = f"; there are {', '.join(present)}" if present else ", nor any other"
-    subset, encoding = fineweb
-    if not name:
+    present = sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}"))
+    if not name and content == "text":
+        subset, encoding = fineweb
         parts = ["fineweb", subset or "sample-10BT", encoding or "r50k_base"]
         fineweb_name = "-".join(part for part in parts if part != "none")
         if subset or encoding or fineweb_name in present:
             name = fineweb_name
     if name:
         if name not in present:
+            listing = f"there are {', '.join(present)}" if present else "nor any other"
             raise MissingError(
-                f"there is no data set {name!r}{listing}",
+                f"there is no data set {name!r}; {listing}",
                 where=str(root),
                 hint="nope prepare FILE, or choose one with --dataset",
             )
         return root / name
-    if not present:
-        raise MissingError("there is no data set", where=str(root), hint="nope prepare python-docs")
-    if len(present) > 1:
-        raise UsageError(
-            f"there are several data sets: {', '.join(present)}",
-            where=str(root),
-            hint=f"choose one: --dataset {present[0]}",
+    fitting = [name for name in present if Dataset.open(root / name).content == content]
+    if not fitting:
+        held = {"text": "text", "chat": "conversations"}[content]
+        raise MissingError(
+            f"there is no data set of {held}", where=str(root), hint="nope prepare python-docs"
         )
-    return root / present[0]
+    if len(fitting) > 1:
+        raise UsageError(
+            f"there are several data sets: {', '.join(fitting)}",
+            where=str(root),
+            hint=f"choose one: --dataset {fitting[0]}",
+        )
+    return root / fitting[0]

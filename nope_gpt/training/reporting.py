@@ -1,0 +1,147 @@
+"""What a run tells while it goes: to listeners, `metrics.jsonl` and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from nope_gpt.artifacts import write_file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to happen.
+
+    Attributes:
+        first_step: Steps that were done before.
+        num_steps: Steps in all.
+        facts: What a reader would want to know, by name.
+    """
+
+    first_step: int
+    num_steps: int
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One update of the weights.
+
+    Attributes:
+        step: Counted from 1.
+        loss: Mean cross entropy of the trained tokens, in nats.
+        gradient_norm: Global, before clipping.
+        learning_rate: Of this step.
+        tokens_per_second: Trained tokens of all ranks.
+        tokens: Trained tokens since the run began.
+        seconds: Of training since the run began.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """One look at the hold-out: its loss in nats, over how many tokens."""
+
+    step: int
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+class Listener:
+    """Hears what a run tells; each method may be left out."""
+
+    def planned(self, plan: Plan) -> None:
+        """The run is about to start."""
+
+    def stepped(self, report: StepReport) -> None:
+        """A step is done."""
+
+    def evaluated(self, report: EvaluationReport) -> None:
+        """The hold-out was evaluated."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint was written."""
+
+    def noted(self, text: str) -> None:
+        """Something is worth saying."""
+
+    def ended(self) -> None:
+        """The run is over, for whatever reason."""
+
+
+class RunLog(Listener):
+    """Writes `metrics.jsonl` and TensorBoard events into a run's directory.
+
+    Args:
+        directory: Of the run.
+        first_step: Steps that were done before; what was logged after them is dropped,
+            because those steps are about to be done again.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = directory / "metrics.jsonl"
+        kept = [line for line in rows(path) if json.loads(line)["step"] <= first_step]
+        write_file(path, "".join(kept).encode())
+        self.file: IO[str] = path.open("a", encoding="utf-8")
+        self.writer = SummaryWriter(str(directory), purge_step=first_step + 1)
+
+    def stepped(self, report: StepReport) -> None:
+        """Log a step."""
+        self.write(
+            {
+                "step": report.step,
+                "loss": report.loss,
+                "gradient_norm": report.gradient_norm,
+                "learning_rate": report.learning_rate,
+                "tokens_per_second": round(report.tokens_per_second, 1),
+                "tokens": report.tokens,
+                "seconds": round(report.seconds, 3),
+            }
+        )
+        scalars = {
+            "Cross Entropy": report.loss,
+            "Gradient Norm": report.gradient_norm,
+            "Learning Rate": report.learning_rate,
+            "Tokens per Second": report.tokens_per_second,
+        }
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, report.step)
+
+    def evaluated(self, report: EvaluationReport) -> None:
+        """Log an evaluation."""
+        self.write({"step": report.step, "eval_loss": report.loss, "perplexity": report.perplexity})
+        self.writer.add_scalar("Perplexity", report.perplexity, report.step)
+
+    def write(self, row: dict[str, float]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def ended(self) -> None:
+        """Close both."""
+        self.file.close()
+        self.writer.close()
+
+
+def rows(path: Path) -> list[str]:
+    """The whole lines of a log; a last one that was cut short is dropped."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]

@@ -1,0 +1,182 @@
+"""A run's directory: its resolved config, its logs and its checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nope_gpt import __version__
+from nope_gpt.artifacts import write_json
+from nope_gpt.config import TrainingConfig
+from nope_gpt.device import Ranks
+from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.hub import RUN
+from nope_gpt.training import checkpoints, distribution
+from nope_gpt.training.reporting import Listener, Plan, RunLog
+
+if TYPE_CHECKING:
+    from nope_gpt.training.loop import Job
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives.
+
+    Attributes:
+        path: Its directory.
+        checkpoint_path: The directory of its checkpoints.
+        resumed_from: The checkpoint to go on from, or None to begin.
+    """
+
+    path: Path
+    checkpoint_path: Path
+    resumed_from: Path | None
+
+    @property
+    def progress(self) -> checkpoints.Progress:
+        if self.resumed_from is None:
+            return checkpoints.Progress()
+        return checkpoints.read_progress(self.resumed_from)
+
+
+def run_path(config: TrainingConfig) -> Path:
+    """The directory of a run."""
+    if not config.run_name or Path(config.run_name).name != config.run_name:
+        raise UsageError(f"--run-name is {config.run_name!r}, and must be a plain name")
+    return Path(config.run_dir_path).expanduser() / config.run_name
+
+
+def checkpoint_path(config: TrainingConfig) -> Path:
+    """The directory of a run's checkpoints."""
+    if config.checkpoint_path is None:
+        return run_path(config) / "checkpoints"
+    path = Path(config.checkpoint_path).expanduser()
+    return path.with_suffix("") if path.suffix == ".pt" else path
+
+
+def stored_settings(path: Path) -> dict[str, Any]:
+    """What run.json says, or nothing where there is no run.
+
+    Raises:
+        NopeError: The file is damaged.
+    """
+    file = path / RUN
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise NopeError(f"this run's settings cannot be read: {error}", where=str(file)) from None
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise NopeError("this run's settings are damaged", where=str(file))
+    return record
+
+
+def open_run(config: TrainingConfig, command: str, facts: dict[str, Any], resume: bool) -> Run:
+    """Begin a run, or go on with one.
+
+    Args:
+        config: Resolved, its seed included.
+        command: Which command it is a run of.
+        facts: What must not change while the run goes on: model, tokenizer, data.
+        resume: Go on from the newest valid checkpoint, if there is one.
+
+    Raises:
+        UsageError: The run exists and is not to be resumed, or its facts changed.
+    """
+    path = run_path(config)
+    stored = stored_settings(path)
+    if stored and not resume:
+        raise UsageError(
+            "this run already exists",
+            where=str(path),
+            hint=f"go on with it: nope {command} --run-name {config.run_name} --resume; "
+            f"or begin another: --run-name {config.run_name}-2",
+        )
+    if stored:
+        if stored.get("command") != command:
+            raise UsageError(f"this is a run of nope {stored.get('command')}", where=str(path))
+        check_facts(stored.get("facts", {}), facts, path)
+    record = {
+        "command": command,
+        "version": __version__,
+        "config": config.as_dict(),
+        "facts": facts,
+    }
+    write_json(path / RUN, record)
+    directory = checkpoint_path(config)
+    return Run(path, directory, checkpoints.newest(directory) if stored else None)
+
+
+def begin(
+    config: TrainingConfig, command: str, facts: dict[str, Any], resume: bool, ranks: Ranks
+) -> Run:
+    """Open the run on the first rank, which alone writes, and tell the others."""
+    outcome: Run | NopeError | None = None
+    if ranks.is_first:
+        try:
+            outcome = open_run(config, command, facts, resume)
+        except NopeError as error:
+            outcome = error
+    outcome = distribution.shared(outcome)
+    assert outcome is not None
+    if isinstance(outcome, NopeError):
+        raise outcome
+    return outcome
+
+
+@contextmanager
+def tell_plan(
+    job: Job,
+    config: TrainingConfig,
+    run: Run,
+    ranks: Ranks,
+    listeners: list[Listener],
+    facts: dict[str, str],
+) -> Iterator[list[Listener]]:
+    """Tell the listeners what is about to happen, and in the end that it is over.
+
+    Gives the listeners of this rank: only the first has any.
+    """
+    if not ranks.is_first:
+        yield []
+        return
+    first = run.progress.step
+    hearing = [RunLog(run.path, first), *listeners]
+    count = sum(weight.numel() for weight in job.model.parameters())
+    plan = Plan(
+        first_step=first,
+        num_steps=job.num_steps,
+        facts={
+            "model": f"{count:,} parameters, vocabulary {job.model.vocabulary_size:,}",
+            **facts,
+            "recipe": f"{config.optimizer}, learning rate {config.peak_learning_rate:g}, "
+            f"{config.schedule}",
+            "device": f"{job.model.device}, {str(job.precision).removeprefix('torch.')}",
+            "seed": str(job.seed),
+            "run": str(run.path),
+        },
+    )
+    try:
+        for listener in hearing:
+            listener.planned(plan)
+        yield hearing
+    finally:
+        for listener in hearing:
+            listener.ended()
+
+
+def check_facts(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Refuse to go on with another model, tokenizer or data set."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UsageError(
+                f"the {name} changed since the run began: it was {before.get(name)}, "
+                f"and is now {value}",
+                where=str(path),
+                hint="begin another run with --run-name",
+            )

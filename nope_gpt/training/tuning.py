@@ -1,0 +1,146 @@
+"""The verb `tune`: a base model and conversations to an assistant, by LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nope_gpt import hub, lora
+from nope_gpt.artifacts import describe
+from nope_gpt.config import TuneConfig
+from nope_gpt.data.batches import ChatBatches, find_dataset
+from nope_gpt.data.shards import Dataset
+from nope_gpt.device import Ranks, draw_seed, resolve_device, resolve_precision
+from nope_gpt.errors import UsageError
+from nope_gpt.model import NoPEGPT
+from nope_gpt.tokenization import ChatTokenizer
+from nope_gpt.training import checkpoints, distribution
+from nope_gpt.training.loop import Job, Trainer
+from nope_gpt.training.reporting import Listener
+from nope_gpt.training.runs import Run, begin, tell_plan
+
+
+def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False) -> Path:
+    """Train adapters and the token embedding on the answers of conversations.
+
+    A checkpoint holds the model with its adapters folded in, and the adapters beside it.
+
+    Args:
+        config: Every setting.
+        listeners: Told what happens; on the first rank only.
+        resume: Go on from the run's newest valid checkpoint.
+
+    Returns:
+        The run's directory.
+
+    Raises:
+        NopeError: The model, the data, the settings or the machine do not allow it.
+        Interrupted: A signal ended the run, after a checkpoint.
+    """
+    if config.model is None:
+        raise UsageError(
+            "there is no base model to tune",
+            hint="nope tune --model runs/pretrain, or --model andrewdalpino/NoPE-GPT-400M-Base",
+        )
+    ranks = Ranks.from_environment()
+    device = resolve_device(config.device, ranks)
+    distribution.share_of(config.gradient_accumulation_steps, ranks)
+    path = find_dataset(Path(config.dataset_path).expanduser(), config.dataset, content="chat")
+    dataset = Dataset.open(path).require("chat")
+    base = hub.locate(config.model)
+    tokenizer = ChatTokenizer.load(base)
+    refuse_other_tokenizer(tokenizer, dataset, base)
+    facts = {
+        "base model": describe(base / hub.WEIGHTS),
+        "tokenizer": dataset.tokenizer,
+        "data set": dataset.fingerprint,
+        "adapter": {"rank": config.rank, "alpha": config.alpha},
+    }
+    with distribution.process_group(ranks, device):
+        if config.seed is None:
+            config = config.changed(seed=distribution.shared(draw_seed()))
+        assert config.seed is not None
+        batches = ChatBatches(
+            dataset,
+            subsets=config.dataset_subset,
+            max_tokens_per_sample=config.max_tokens_per_sample,
+            filter_long_samples=config.filter_long_samples,
+            message_start=tokenizer.im_start_index,
+            batch_size=config.batch_size,
+            micro_batches_per_step=config.gradient_accumulation_steps,
+            seed=config.seed,
+        )
+        run = begin(config, "tune", facts, resume, ranks)
+        model = make_model(base, tokenizer, config, run).to(device)
+
+        def write_model(directory: Path) -> None:
+            hub.save(directory, model.saved(lora.merged_state(model)))
+            tokenizer.save(directory)
+            save_file(trained_tensors(model), directory / checkpoints.ADAPTER)
+
+        job = Job(
+            model=model,
+            batches=batches,
+            num_steps=config.num_epochs * batches.steps_per_epoch,
+            eval_interval=config.eval_interval * batches.steps_per_epoch,
+            checkpoint_interval=config.checkpoint_interval * batches.steps_per_epoch,
+            precision=resolve_precision(config.precision, device),
+            seed=config.seed,
+            write_model=write_model,
+        )
+        told = {
+            "base": str(base),
+            "data": f"{path} ({batches.num_samples:,} conversations, {batches.num_cut:,} cut, "
+            f"{batches.num_refused:,} left out)",
+            "trained": f"{model.num_trainable_params:,} parameters: adapters of rank "
+            f"{config.rank} and the token embedding",
+        }
+        with tell_plan(job, config, run, ranks, listeners, told) as hearing:
+            Trainer(job, config, run, ranks, hearing).train()
+    return run.path
+
+
+def refuse_other_tokenizer(tokenizer: ChatTokenizer, dataset: Dataset, base: Path) -> None:
+    """Refuse data that were encoded with another tokenizer than the model's."""
+    if tokenizer.fingerprint != dataset.tokenizer["fingerprint"]:
+        raise UsageError(
+            f"the model's tokenizer is {tokenizer.name}, and the data set's is "
+            f"{dataset.tokenizer['name']}",
+            where=f"{base} and {dataset.path}",
+            hint=f"prepare the data again: nope prepare FILE --token-encoding {base}",
+        )
+
+
+def make_model(base: Path, tokenizer: ChatTokenizer, config: TuneConfig, run: Run) -> NoPEGPT:
+    """The base model with room for the control tokens and with adapters, fresh or resumed."""
+    assert config.seed is not None
+    torch.manual_seed(config.seed)
+    model = NoPEGPT.from_saved(hub.load(base))
+    if model.vocabulary_size == tokenizer.encoding.n_vocab:
+        model.resize_token_embeddings(tokenizer.vocabulary_size)
+    if model.vocabulary_size != tokenizer.vocabulary_size:
+        raise UsageError(
+            f"the model has {model.vocabulary_size} tokens, and its tokenizer "
+            f"{tokenizer.vocabulary_size}",
+            where=str(base),
+        )
+    lora.attach(model, rank=config.rank, alpha=config.alpha)
+    model.unfreeze_token_embeddings()
+    if run.resumed_from:
+        tensors = checkpoints.read_tensors(run.resumed_from / checkpoints.ADAPTER)
+        model.load_state_dict(tensors, strict=False)
+    if config.activation_checkpointing:
+        model.decoder.enable_activation_checkpointing()
+    return model
+
+
+def trained_tensors(model: NoPEGPT) -> dict[str, Tensor]:
+    """What tuning changes: the adapters and the token embedding."""
+    return {
+        name: weight.detach().cpu().contiguous()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
