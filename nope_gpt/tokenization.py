@@ -312,6 +312,23 @@ class StreamDecoder:
         self.utf8.reset()
 
 
+def tokenizer_of(tokenizer: BaseTokenizer, vocabulary_size: int) -> BaseTokenizer:
+    """The tokenizer that a model's vocabulary asks for: a chat model has four tokens more.
+
+    Raises:
+        NopeError: It fits neither a base nor a chat model.
+    """
+    for kind in (BaseTokenizer, ChatTokenizer):
+        candidate = kind(tokenizer.encoding)
+        if candidate.vocabulary_size == vocabulary_size:
+            return candidate
+    raise NopeError(
+        f"the model has {vocabulary_size} tokens, and the tokenizer {tokenizer.name} has "
+        f"{tokenizer.encoding.n_vocab}, or {tokenizer.encoding.n_vocab + len(CONTROL_TOKENS)} "
+        f"for chat"
+    )
+
+
 def resolve(spec: str, texts: Iterable[str]) -> BaseTokenizer:
     """The tokenizer that `--token-encoding` asks for.
 

@@ -1,0 +1,54 @@
+"""The command line: one thin file for each command, and the only place that knows a terminal."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from nope_gpt import __version__
+from nope_gpt.cli import chat, export, generate, prepare, pretrain, quickstart, size, tune
+from nope_gpt.cli.options import normalize
+
+app = typer.Typer(
+    name="nope",
+    help="Train, tune, understand and run NoPE GPT, a small language model without "
+    "positional embeddings.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MAKE = "Make a model"
+USE = "Use a model"
+
+app.command("quickstart", rich_help_panel=MAKE)(quickstart.command)
+app.command("prepare", rich_help_panel=MAKE)(prepare.command)
+app.command("pretrain", rich_help_panel=MAKE)(pretrain.command)
+app.command("tune", rich_help_panel=MAKE)(tune.command)
+app.command("export", rich_help_panel=MAKE)(export.command)
+app.command("generate", rich_help_panel=USE)(generate.command)
+app.command("chat", rich_help_panel=USE)(chat.command)
+app.command("size", rich_help_panel=USE)(size.command)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        typer.echo(f"nope-gpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def nope(
+    version: bool = typer.Option(
+        False, "--version", callback=show_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    """Text to shards to a base model to an assistant, and out into other tools."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `nope` with the arguments of the process, old spellings included."""
+    app(args=normalize(sys.argv[1:] if arguments is None else arguments), prog_name="nope")

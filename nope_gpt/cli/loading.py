@@ -1,0 +1,40 @@
+"""Opening the model that `--model` names, for the commands that use one."""
+
+from __future__ import annotations
+
+import torch
+
+from nope_gpt import hub
+from nope_gpt.cli.terminal import say, waiting
+from nope_gpt.config import SamplingConfig
+from nope_gpt.device import draw_seed, resolve_device
+from nope_gpt.errors import UsageError
+from nope_gpt.model import NoPEGPT
+from nope_gpt.tokenization import BaseTokenizer, tokenizer_of
+
+
+def open_model(config: SamplingConfig, command: str) -> tuple[NoPEGPT, BaseTokenizer]:
+    """Load a model and its tokenizer, and seed the draws.
+
+    Raises:
+        NopeError: There is no such model, or its files are damaged.
+    """
+    if config.model is None:
+        raise UsageError(
+            "there is no model",
+            hint=f"nope {command} --model runs/tune, or --model andrewdalpino/NoPE-GPT-400M-Chat",
+        )
+    device = resolve_device(config.device)
+    with waiting(f"loading {config.model}"):
+        directory = hub.locate(config.model)
+        model = NoPEGPT.from_saved(hub.load(directory)).to(device)
+        tokenizer = tokenizer_of(BaseTokenizer.load(directory), model.vocabulary_size)
+    torch.manual_seed(draw_seed() if config.seed is None else config.seed)
+    length = model.trained_context_length
+    if length and config.context_length > length and config.max_tokens > length:
+        say(
+            f"note: trained on {length:,} tokens of context; what it writes beyond them may "
+            f"be worse",
+            style="dim",
+        )
+    return model, tokenizer

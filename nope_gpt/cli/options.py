@@ -1,0 +1,211 @@
+"""Settings to command-line options, and old spellings to today's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from nope_gpt.cli.terminal import fail
+from nope_gpt.config import PRESETS
+from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.knobs import Knobs, flag_of, kind_of, read_settings, resolve
+
+C = TypeVar("C", bound=Knobs)
+
+SPELLINGS = {
+    "num-decoder-layers": "num-hidden-layers",
+    "hidden-ratio": "feed-forward-ratio",
+    "lora-rank": "rank",
+    "lora-alpha": "alpha",
+    "dataset-subsets": "dataset-subset",
+    "base-checkpoint-path": "model",
+    "anneal-learning-rate": "schedule=linear",
+}
+
+RETIRED = {
+    "quantize-base-weights": "the base model is not quantized while tuning: leave the flag out",
+    "quant-group-size": "the base model is not quantized while tuning: leave the flag out",
+    "resume-scheduler": "--resume always goes on with the schedule: leave the flag out",
+}
+
+
+def normalize(arguments: list[str]) -> list[str]:
+    """Spell flags as they are spelled today: kebab-case, and one name for each thing.
+
+    `--batch_size=2` becomes `--batch-size=2`, `--lora_rank` becomes `--rank`. For the
+    commands that only read a model, `--checkpoint_path` is `--model`. What follows a bare
+    `--` is left alone.
+    """
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    result = []
+    for index, word in enumerate(arguments):
+        if word == "--":
+            return result + arguments[index:]
+        if not word.startswith("--"):
+            result.append(word)
+            continue
+        flag, equals, value = word[2:].partition("=")
+        flag = flag.replace("_", "-")
+        if flag in RETIRED:
+            fail(UsageError(f"--{flag} is gone: {RETIRED[flag]}"))
+        if flag == "dropout" and command == "tune":
+            fail(UsageError("tune has no --dropout: the base model's own applies"))
+        if flag == "checkpoint-path" and command in ("generate", "chat"):
+            flag = "model"
+        result.append(f"--{SPELLINGS.get(flag, flag)}{equals}{value}")
+    return result
+
+
+def configured(
+    config_type: type[C], *arguments: inspect.Parameter, settings_file: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every knob of its config.
+
+    The command is called with the resolved config and the arguments of its own. Only
+    what was typed counts as a flag, so that a file or preset can set the rest.
+
+    Args:
+        config_type: The command's settings.
+        arguments: Parameters of its own, with typer annotations.
+        settings_file: Offer --config and, where there are any, --preset.
+    """
+    presets = PRESETS.get(config_type, {})
+    own = [*arguments, *(common_parameters(presets) if settings_file else [])]
+    knobs = [parameter_of(config_type, field) for field in dataclasses.fields(config_type)]
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(body)
+        def command(**values: Any) -> None:
+            with friendly():
+                layers = layers_from(values, presets)
+                flags = {name: values.pop(name) for name in knob_names(config_type)}
+                given = {name: value for name, value in flags.items() if value is not None}
+                layers.append(("the command line", given))
+                body(functools.partial(resolve, config_type), layers, **values)
+
+        command.__signature__ = inspect.Signature([*own, *knobs])  # type: ignore[attr-defined]
+        command.__annotations__ = {item.name: item.annotation for item in [*own, *knobs]}
+        return command
+
+    return decorate
+
+
+def knob_names(config_type: type[Knobs]) -> list[str]:
+    return [field.name for field in dataclasses.fields(config_type)]
+
+
+def layers_from(
+    values: dict[str, Any], presets: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The preset and the settings file that were asked for, weakest first."""
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    preset = values.pop("preset", None)
+    path = values.pop("config", None)
+    if preset is not None:
+        if preset not in presets:
+            raise UsageError(
+                f"--preset is {preset!r}, and must be one of {', '.join(presets)}"
+            )
+        layers.append((f"--preset {preset}", presets[preset]))
+    if path is not None:
+        layers.append((f"--config {path}", read_settings(Path(path))))
+    return layers
+
+
+def common_parameters(presets: Mapping[str, Any]) -> list[inspect.Parameter]:
+    """--config, and --preset where there are presets."""
+    result = []
+    if presets:
+        result.append(
+            option(
+                "preset",
+                str | None,
+                f"Settings that belong together: {', '.join(presets)}. Flags override them.",
+                metavar="[" + "|".join(presets) + "]",
+            )
+        )
+    result.append(
+        option(
+            "config",
+            str | None,
+            "Settings from a TOML file, or from the run.json of a run. Flags override them.",
+            metavar="FILE",
+        )
+    )
+    return result
+
+
+def option(
+    name: str, kind: Any, help: str, *, default: Any = None, metavar: str | None = None
+) -> inspect.Parameter:
+    """An option that is not a knob, such as --resume."""
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[
+            kind,
+            typer.Option("--" + name.replace("_", "-"), help=help, metavar=metavar),
+        ],
+    )
+
+
+def argument(name: str, kind: Any, help: str, *, default: Any, metavar: str) -> inspect.Parameter:
+    """A positional argument."""
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, typer.Argument(help=help, metavar=metavar)],
+    )
+
+
+JSON = option("json", bool, "Print one JSON object on stdout, for programs.", default=False)
+
+
+def parameter_of(config_type: type[Knobs], field: dataclasses.Field[Any]) -> inspect.Parameter:
+    """The option of a knob; its value is None unless it was typed."""
+    kind, _ = kind_of(config_type, field.name)
+    flag = flag_of(field)
+    limits = field.metadata["limits"]
+    shown = field.metadata["shown_default"] or str(field.default).lower()
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            kind | None,
+            typer.Option(
+                f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+                help=field.metadata["help"],
+                rich_help_panel=field.metadata["panel"],
+                show_default=shown if isinstance(field.default, bool | None) else str(field.default),
+                metavar="[" + "|".join(limits.choices) + "]" if limits.choices else None,
+            ),
+        ],
+    )
+
+
+class friendly:  # noqa: N801
+    """The one boundary where errors become messages and exit codes.
+
+    A NopeError is printed without a traceback, unless NOPE_DEBUG is set; anything else is
+    a bug and passes through. A reader that closes the pipe ends the program quietly.
+    """
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, NopeError) and not os.environ.get("NOPE_DEBUG"):
+            fail(error)
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1)

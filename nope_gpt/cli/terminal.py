@@ -1,0 +1,105 @@
+"""What people see: messages and progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from nope_gpt.errors import NopeError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+QUIET_SECONDS = 10.0
+"""Between two lines of progress where there is no terminal."""
+
+
+def talk() -> Console:
+    """The console on stderr, for everything that is not a result."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print a line on stderr as it is, without markup."""
+    talk().print(text, style=style, markup=False)
+
+
+def result(text: str, value: dict[str, Any], as_json: bool) -> None:
+    """Print a result on stdout, as text or as one JSON object."""
+    typer.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
+
+
+def fail(error: NopeError) -> NoReturn:
+    """Print an error in its three parts and exit with its code."""
+    console = talk()
+    console.print("[bold red]error:[/] ", end="")
+    console.print(error.what, markup=False)
+    if error.where:
+        console.print(f"  where: {error.where}", markup=False, style="dim")
+    if error.hint:
+        console.print(f"  next:  {error.hint}", markup=False)
+    raise typer.Exit(error.exit_code)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show that something is going on; one plain line where there is no terminal."""
+    console = talk()
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(text, markup=False)
+        yield
+
+
+class Pace:
+    """Says when it is time for another plain line."""
+
+    def __init__(self, seconds: float = QUIET_SECONDS) -> None:
+        self.seconds = seconds
+        self.last = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether enough time has passed since the last time."""
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with room for a line of figures, and the time that is left."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def is_interactive() -> bool:
+    """Whether a person is typing and reading."""
+    return sys.stdin.isatty() and sys.stdout.isatty()

@@ -1,0 +1,34 @@
+"""`nope tune`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from nope_gpt.cli.options import JSON, configured, option
+from nope_gpt.cli.terminal import result
+from nope_gpt.config import TuneConfig
+from nope_gpt.cli.pretrain import RESUME, with_stored
+
+
+@configured(TuneConfig, RESUME, JSON)
+def command(
+    settle: Callable[..., Any], layers: list[tuple[str, dict[str, Any]]], resume: bool, json: bool
+) -> None:
+    """Teach a base model to answer, by LoRA on a prepared data set of conversations.
+
+    Trains low-rank adapters and the token embedding on the answers alone. The base model
+    stays as it is; the checkpoints of the new run have the adapters folded in.
+
+    Examples:
+
+    - `nope tune --model runs/pretrain`
+
+    - `nope tune --model andrewdalpino/NoPE-GPT-400M-Base --dataset my-chats-r50k_base --rank 16`
+    """
+    config = with_stored(settle, layers, resume)
+    from nope_gpt.cli.watching import Watcher
+    from nope_gpt.training.tuning import tune
+
+    path = tune(config, [Watcher("tune")], resume=resume)
+    result(str(path), {"run": str(path)}, json)

@@ -1,0 +1,1 @@
+"""Trained models to directories that other programs read: the verb `export`."""

@@ -1,0 +1,63 @@
+"""Reading the `.pt` checkpoints of the old training scripts, and nothing else that is pickled.
+
+torch's restricted unpickler builds tensors and plain containers only; a file that asks
+for anything more is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nope_gpt import hub
+from nope_gpt.errors import NopeError
+from nope_gpt.hub import SavedModel
+from nope_gpt.tokenization import BaseTokenizer
+
+ADAPTED = re.compile(r"(.+)\.parametrizations\.weight\.(original|0\.lora_a|0\.lora_b)$")
+
+
+def read_checkpoint(path: Path) -> tuple[SavedModel, BaseTokenizer]:
+    """Read the model and the tokenizer of a checkpoint, its adapters folded in.
+
+    Raises:
+        NopeError: The file is damaged, asks for code to be run, or is not a checkpoint.
+    """
+    where = str(path)
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NopeError(
+            f"this checkpoint cannot be read without running code from it: {reason}", where=where
+        ) from None
+    if not isinstance(record, dict) or not {"model", "model_args"} <= record.keys():
+        raise NopeError("this is not a checkpoint of the training scripts", where=where)
+    settings = hub.rename_settings(dict(record["model_args"]), where)
+    tensors = {key: value for key, value in record["model"].items() if torch.is_tensor(value)}
+    alpha = float(record.get("lora_args", {}).get("alpha", 1.0))
+    state = hub.translate(fold_adapters(tensors, alpha), where)
+    name = record.get("tokenizer_args", {}).get("name", "r50k_base")
+    return hub.assemble(settings, state, where), BaseTokenizer.from_tiktoken(str(name))
+
+
+def fold_adapters(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Replace each adapted weight and its adapter by W + alpha * B @ A."""
+    result: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        if match := ADAPTED.match(name):
+            parts.setdefault(match[1], {})[match[2].removeprefix("0.")] = tensor
+        else:
+            result[name] = tensor
+    for name, part in parts.items():
+        weight: Tensor = part["original"]
+        if "lora_a" in part:
+            weight = weight + alpha * (part["lora_b"] @ part["lora_a"])
+        result[f"{name}.weight"] = weight
+    return result
