@@ -458,6 +458,17 @@ class SizeConfig(ModelConfig):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuickstartConfig(Knobs):
+    """The whole family in a row."""
+
+    directory: str = knob("./quickstart", "Where everything goes.", panel=RUN)
+    pretrain_steps: int = knob(
+        500, "Updates of the base model's weights.", panel=OPTIMIZATION, minimum=1
+    )
+    seed: int = knob(0, "Seed of every random choice.", panel=RUN, minimum=0, maximum=(1 << 63) - 1)
+
+
 SHAPE_TINY: dict[str, Any] = {
     "embedding_dimensions": 256,
     "num_q_heads": 4,

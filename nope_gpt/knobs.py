@@ -87,7 +87,7 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
 
 
 @functools.cache
-def kind_of(owner: type, name: str) -> tuple[type, bool]:
+def kind_of(owner: Any, name: str) -> tuple[type, bool]:
     """The plain type of a field and whether it may be None."""
     annotation = typing.get_type_hints(owner)[name]
     if isinstance(annotation, types.UnionType):

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 
 @configured(ChatConfig)
-def command(
-    settle: Callable[..., ChatConfig], layers: list[tuple[str, dict[str, Any]]]
-) -> None:
+def command(settle: Callable[..., ChatConfig], layers: list[tuple[str, dict[str, Any]]]) -> None:
     """Talk with a model in the terminal, or through a pipe, one message a line.
 
     Enter sends. Ctrl-C stops an answer and keeps what was said; at the prompt it clears

@@ -45,7 +45,7 @@ def normalize(arguments: list[str]) -> list[str]:
     `--` is left alone.
     """
     command = next((word for word in arguments if not word.startswith("-")), None)
-    result = []
+    result: list[str] = []
     for index, word in enumerate(arguments):
         if word == "--":
             return result + arguments[index:]
@@ -86,7 +86,8 @@ def configured(
         def command(**values: Any) -> None:
             with friendly():
                 layers = layers_from(values, presets)
-                flags = {name: values.pop(name) for name in knob_names(config_type)}
+                names = [field.name for field in dataclasses.fields(config_type)]
+                flags = {name: values.pop(name) for name in names}
                 given = {name: value for name, value in flags.items() if value is not None}
                 layers.append(("the command line", given))
                 body(functools.partial(resolve, config_type), layers, **values)
@@ -98,10 +99,6 @@ def configured(
     return decorate
 
 
-def knob_names(config_type: type[Knobs]) -> list[str]:
-    return [field.name for field in dataclasses.fields(config_type)]
-
-
 def layers_from(
     values: dict[str, Any], presets: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, Mapping[str, Any]]]:
@@ -111,9 +108,7 @@ def layers_from(
     path = values.pop("config", None)
     if preset is not None:
         if preset not in presets:
-            raise UsageError(
-                f"--preset is {preset!r}, and must be one of {', '.join(presets)}"
-            )
+            raise UsageError(f"--preset is {preset!r}, and must be one of {', '.join(presets)}")
         layers.append((f"--preset {preset}", presets[preset]))
     if path is not None:
         layers.append((f"--config {path}", read_settings(Path(path))))
@@ -171,12 +166,11 @@ def argument(name: str, kind: Any, help: str, *, default: Any, metavar: str) -> 
 JSON = option("json", bool, "Print one JSON object on stdout, for programs.", default=False)
 
 
-def parameter_of(config_type: type[Knobs], field: dataclasses.Field[Any]) -> inspect.Parameter:
+def parameter_of(config_type: type, field: dataclasses.Field[Any]) -> inspect.Parameter:
     """The option of a knob; its value is None unless it was typed."""
     kind, _ = kind_of(config_type, field.name)
-    flag = flag_of(field)
     limits = field.metadata["limits"]
-    shown = field.metadata["shown_default"] or str(field.default).lower()
+    shown = field.metadata["shown_default"] or (kind is not bool and str(field.default))
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -184,10 +178,10 @@ def parameter_of(config_type: type[Knobs], field: dataclasses.Field[Any]) -> ins
         annotation=Annotated[
             kind | None,
             typer.Option(
-                f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+                flag_of(field),
                 help=field.metadata["help"],
                 rich_help_panel=field.metadata["panel"],
-                show_default=shown if isinstance(field.default, bool | None) else str(field.default),
+                show_default=shown,
                 metavar="[" + "|".join(limits.choices) + "]" if limits.choices else None,
             ),
         ],

@@ -45,7 +45,7 @@ def command(
 
     - `nope pretrain --preset tiny`
 
-    - `nope pretrain --embedding-dimensions 1280 --num-q-heads 20 --num-kv-heads 5 --num-hidden-layers 20`
+    - `nope pretrain --preset 400m --batch-size 4 --gradient-accumulation-steps 64`
 
     - `torchrun --standalone --nproc-per-node=8 -m nope_gpt.cli pretrain`
     """

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nope_gpt.cli.options import JSON, configured, option
+from nope_gpt.cli.options import JSON, configured
+from nope_gpt.cli.pretrain import RESUME, with_stored
 from nope_gpt.cli.terminal import result
 from nope_gpt.config import TuneConfig
-from nope_gpt.cli.pretrain import RESUME, with_stored
 
 
 @configured(TuneConfig, RESUME, JSON)

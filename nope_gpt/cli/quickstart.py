@@ -1,0 +1,165 @@
+"""`nope quickstart`: the whole family in a row, on text that every Python carries."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nope_gpt.cli.options import configured
+from nope_gpt.cli.terminal import duration, result, say, waiting
+from nope_gpt.config import (
+    PRESETS,
+    ChatConfig,
+    ExportConfig,
+    GenerateConfig,
+    PrepareConfig,
+    PretrainConfig,
+    QuickstartConfig,
+    TuneConfig,
+)
+
+ENCODING = "bpe:4096"
+QUESTION = "What does textwrap.dedent do?"
+OPENING = "Return a new"
+
+
+@configured(QuickstartConfig, settings_file=False)
+def command(
+    settle: Callable[..., QuickstartConfig], layers: list[tuple[str, dict[str, Any]]]
+) -> None:
+    """Make a small language model from Python's own documentation, in minutes, offline.
+
+    Runs prepare, pretrain, tune, export and generate in a row and shows each as the line
+    you would type. If it was interrupted, the same command goes on where it stopped.
+    """
+    config = settle(layers)
+    started = time.perf_counter()
+    root = Path(config.directory).expanduser()
+    prepared = prepare(root)
+    base = pretrain(root, prepared, config)
+    ask("Before tuning, a question is just text to continue", base, config)
+    tuned = tune(root, prepared, base, config)
+    exported = export(root, tuned)
+    answer(exported, config)
+    say(f"\nDone in {duration(time.perf_counter() - started)}. What to type next:", style="bold")
+    say(f"  nope chat --model {exported}")
+    say(f'  nope generate "{OPENING}" --model {base}')
+    say(f"  tensorboard --logdir {root / 'runs'}")
+    say("  nope prepare YOUR-TEXT.txt --token-encoding bpe:4096 && nope pretrain --preset tiny")
+    say("  nope size --memory 24GB")
+    result(str(exported), {}, as_json=False)
+
+
+def announce(line: str) -> None:
+    """Show a step as the line that does it by itself."""
+    say(f"\n$ nope {line}", style="bold")
+
+
+def prepare(root: Path) -> Path:
+    """Text and conversations from python-docs; returns the root of the data sets."""
+    from nope_gpt.cli.prepare import summary
+    from nope_gpt.data import prepare as data
+
+    datasets = root / "datasets"
+    announce(f"prepare python-docs --token-encoding {ENCODING} --dataset-path {datasets}")
+    if any(datasets.glob("*/manifest.json")):
+        say("  already there")
+        return datasets
+    settings = PrepareConfig(dataset_path=str(datasets), token_encoding=ENCODING)
+    with waiting("  reading the documentation of this Python"):
+        made = data.prepare(["python-docs"], settings)
+    for item in made:
+        say(f"  {summary(item)}", style="dim")
+    return datasets
+
+
+def pretrain(root: Path, datasets: Path, config: QuickstartConfig) -> Path:
+    """A base model; returns its run."""
+    from nope_gpt.cli.watching import Watcher
+    from nope_gpt.training import pretraining
+
+    runs = root / "runs"
+    announce(
+        f"pretrain --preset tiny --dataset-path {datasets} --run-dir-path {runs} "
+        f"--max-steps {config.pretrain_steps} --seed {config.seed}"
+    )
+    settings = PretrainConfig(
+        **PRESETS[PretrainConfig]["tiny"]
+        | {
+            "dataset_path": str(datasets),
+            "run_dir_path": str(runs),
+            "max_steps": config.pretrain_steps,
+            "seed": config.seed,
+        }
+    )
+    return pretraining.pretrain(settings, [Watcher("pretrain")], resume=True)
+
+
+def tune(root: Path, datasets: Path, base: Path, config: QuickstartConfig) -> Path:
+    """An assistant; returns its run."""
+    from nope_gpt.cli.watching import Watcher
+    from nope_gpt.training import tuning
+
+    runs = root / "runs"
+    announce(
+        f"tune --preset tiny --model {base} --dataset-path {datasets} --run-dir-path {runs} "
+        f"--seed {config.seed}"
+    )
+    settings = TuneConfig(
+        **PRESETS[TuneConfig]["tiny"]
+        | {
+            "model": str(base),
+            "dataset_path": str(datasets),
+            "run_dir_path": str(runs),
+            "seed": config.seed,
+        }
+    )
+    return tuning.tune(settings, [Watcher("tune")], resume=True)
+
+
+def export(root: Path, tuned: Path) -> Path:
+    """The assistant in the published layout."""
+    from nope_gpt.export.hub_layout import export as export_model
+
+    output = root / "exports" / "docs-chat"
+    announce(f"export --model {tuned} --output {output} --overwrite")
+    with waiting("  writing and checking"):
+        settings = ExportConfig(model=str(tuned), output=str(output), overwrite=True)
+        return export_model(settings)
+
+
+def ask(title: str, base: Path, config: QuickstartConfig) -> None:
+    """What the base model makes of the question, and a sample of its prose."""
+    from nope_gpt.chat import TextStream
+    from nope_gpt.cli.loading import open_model
+    from nope_gpt.cli.writing import write_stream
+
+    for heading, prompt in ((f"{title}:", QUESTION), ("And a sample of its prose:", OPENING)):
+        announce(f'generate "{prompt}" --model {base} --max-tokens 80 --seed {config.seed}')
+        say(heading, style="dim")
+        settings = GenerateConfig(
+            model=str(base), max_tokens=80, temperature=0.7, seed=config.seed, device="auto"
+        )
+        model, tokenizer = open_model(settings, "generate")
+        sys.stdout.write(prompt)
+        write_stream(TextStream(model, tokenizer, tokenizer.tokenize(prompt), settings), False)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def answer(exported: Path, config: QuickstartConfig) -> None:
+    """What the assistant answers."""
+    from nope_gpt.chat import ChatSession
+    from nope_gpt.cli.loading import open_model
+    from nope_gpt.cli.writing import write_stream
+
+    announce(f"chat --model {exported} --seed {config.seed}")
+    say(f"After tuning, it answers:\n> {QUESTION}", style="dim")
+    settings = ChatConfig(model=str(exported), max_tokens=120, seed=config.seed, system_message="")
+    model, tokenizer = open_model(settings, "chat")
+    write_stream(ChatSession(model, tokenizer, settings).reply(QUESTION), False)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
