@@ -146,10 +146,11 @@ def model_in(path: Path) -> Path:
 def checkpoints_of(run: Path) -> Path:
     """The directory of a run's checkpoints."""
     try:
-        chosen = json.loads((run / RUN).read_text(encoding="utf-8"))["config"]["checkpoint_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        chosen = None
-    return Path(chosen) if isinstance(chosen, str) else run / "checkpoints"
+        return run / str(json.loads((run / RUN).read_text(encoding="utf-8"))["checkpoints"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise NopeError(
+            f"this run's settings are damaged ({type(error).__name__})", where=str(run / RUN)
+        ) from None
 
 
 def newest_checkpoint(directory: Path) -> Path:

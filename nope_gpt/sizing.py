@@ -204,8 +204,10 @@ def training_moments(config: SizeConfig) -> dict[str, MemoryPlan]:
     return {
         "loss": dataclasses.replace(busy, activations=blocks + final_norm, logits=logits),
         "backward": dataclasses.replace(busy, transient=in_flight),
-        # With foreach, AdamW and Adafactor both write the whole update before applying it.
-        "step": dataclasses.replace(step, transient=weights),
+        # Adafactor writes the whole update before applying it; AdamW is fused and does not.
+        "step": dataclasses.replace(
+            step, transient=weights if config.optimizer == "adafactor" else 0
+        ),
     }
 
 

@@ -51,10 +51,10 @@ def run_path(config: TrainingConfig) -> Path:
 
 
 def checkpoint_path(config: TrainingConfig) -> Path:
-    """The directory of a run's checkpoints."""
+    """The directory of a run's checkpoints, seen from the run's own."""
     if config.checkpoint_path is None:
-        return run_path(config) / "checkpoints"
-    path = Path(config.checkpoint_path).expanduser()
+        return Path("checkpoints")
+    path = Path(config.checkpoint_path).expanduser().absolute()
     return path.with_suffix("") if path.suffix == ".pt" else path
 
 
@@ -104,11 +104,12 @@ def open_run(config: TrainingConfig, command: str, facts: dict[str, Any], resume
     record = {
         "command": command,
         "version": __version__,
+        "checkpoints": str(checkpoint_path(config)),
         "config": config.as_dict(),
         "facts": facts,
     }
     write_json(path / RUN, record)
-    directory = checkpoint_path(config)
+    directory = path / checkpoint_path(config)
     return Run(path, directory, checkpoints.newest(directory) if stored else None)
 
 

@@ -1,0 +1,79 @@
+"""Every test gets a home, a working directory and an environment of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+R50K_RANKS = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
+"""The name tiktoken gives to r50k_base's ranks in its cache: the sha1 of their address."""
+
+CORPUS = (
+    "The function returns a new list. The list holds the values that the function was given. "
+    "If the value is None, an error is raised. The method sets the name of the object. "
+)
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep the user's files, terminal and credentials out of the tests."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("FORCE_COLOR", "NOPE_DEBUG", "XDG_CACHE_HOME", "HF_TOKEN", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    yield
+    torch.set_rng_state(state)
+    torch.set_num_threads(threads)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs tiktoken's ranks where they are not cached: tests use no network."""
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if item.get_closest_marker("ranks") and not (cache and (Path(cache) / R50K_RANKS).is_file()):
+        pytest.skip("needs tiktoken's ranks: set TIKTOKEN_CACHE_DIR to a cache that has them")
+
+
+@pytest.fixture
+def nope(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the real command line in a process of its own; returns what it said."""
+
+    def run(
+        *arguments: object, stdin: str | bytes = "", env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "nope_gpt.cli", *map(str, arguments)],
+            input=stdin.encode() if isinstance(stdin, str) else stdin,
+            capture_output=True,
+            cwd=tmp_path,
+            env=os.environ | (env or {}),
+            timeout=300,
+            check=False,
+        )
+        return subprocess.CompletedProcess(
+            done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+        )
+
+    return run
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A small text file of several documents."""
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    for number in range(12):
+        (directory / f"{number:02d}.txt").write_text(CORPUS * (number + 2), encoding="utf-8")
+    return directory

@@ -1,0 +1,190 @@
+"""The network computes what the published layout defines, on every path."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import SETTINGS, forward, write_published
+from safetensors import safe_open
+from small import small_model
+
+from nope_gpt.errors import UsageError
+from nope_gpt.hub import published_names
+from nope_gpt.model import IGNORED, NoPEGPT
+
+HEADS = {"num_q_heads": 6, "num_kv_heads": 2}
+
+
+def test_a_published_directory_computes_what_plain_pytorch_computes(tmp_path: Path) -> None:
+    tensors = write_published(tmp_path / "model")
+    model = NoPEGPT.from_pretrained(tmp_path / "model")
+    tokens = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(1))
+    logits = model(tokens)
+    for row in range(2):
+        expected = forward(tensors, tokens[row], **HEADS)
+        torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-5)
+
+
+def test_the_vocabulary_is_that_of_the_tensor_not_of_the_config(tmp_path: Path) -> None:
+    write_published(tmp_path / "chat", stated_vocabulary=57)
+    model = NoPEGPT.from_pretrained(tmp_path / "chat")
+    assert model.vocabulary_size == model.config.vocabulary_size == 61
+
+
+def test_loading_returns_eval_mode_and_the_stored_dtype(tmp_path: Path) -> None:
+    small_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    model = NoPEGPT.from_pretrained(tmp_path / "model")
+    assert not model.training
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_saving_and_loading_is_bitwise_and_stores_the_tied_matrix_once(tmp_path: Path) -> None:
+    model = small_model()
+    model.trained_context_length = 77
+    model.save_pretrained(tmp_path / "model")
+    again = NoPEGPT.from_pretrained(tmp_path / "model")
+    tokens = torch.arange(30).unsqueeze(0)
+    assert torch.equal(model(tokens), again(tokens))
+    assert again.trained_context_length == 77
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert "token_classifier.linear.weight" in names
+    assert "token_embeddings.weight" not in names
+
+
+@pytest.mark.parametrize("width", [256, 512, 1024, 2048])
+@pytest.mark.parametrize("vocabulary_size", [4096, 50257])
+def test_the_first_loss_is_that_of_a_uniform_guess(width: int, vocabulary_size: int) -> None:
+    torch.manual_seed(0)
+    model = NoPEGPT(vocabulary_size, width, width // 64, max(width // 256, 1), 2, 4)
+    tokens = torch.randint(0, vocabulary_size, (1, 129))
+    with torch.no_grad():
+        loss = model(tokens[:, :-1], tokens[:, 1:]).item() / 128
+    assert loss == pytest.approx(math.log(vocabulary_size), rel=0.03)
+
+
+def test_the_seeds_initialization_starts_far_from_a_uniform_guess() -> None:
+    model = small_model(embedding_dimensions=256)
+    model.initialize_as_seed()
+    tokens = torch.arange(60).unsqueeze(0)
+    with torch.no_grad():
+        loss = model(tokens[:, :-1], tokens[:, 1:]).item() / 59
+    assert model.token_embeddings.weight.std().item() == pytest.approx(1.0, rel=0.05)
+    assert loss > 20 * math.log(61)
+
+
+def test_the_loss_is_a_sum_over_the_tokens_that_are_not_ignored() -> None:
+    model = small_model()
+    tokens = torch.arange(20).unsqueeze(0)
+    targets = tokens + 1
+    targets[0, 5:] = IGNORED
+    logits = model(tokens)[0, :5]
+    expected = -torch.log_softmax(logits, dim=-1)[range(5), range(1, 6)].sum()
+    torch.testing.assert_close(model(tokens, targets), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8), seed=st.integers(0, 999))
+def test_cached_logits_are_those_of_the_full_forward_for_every_chunking(
+    sizes: list[int], seed: int
+) -> None:
+    model = small_model(seed)
+    tokens = torch.randint(0, 61, (2, sum(sizes)), generator=torch.Generator().manual_seed(seed))
+    full = model(tokens)
+    cache = model.new_cache(sum(sizes), batch_size=2)
+    end = 0
+    for size in sizes:
+        logits = model.predict(tokens[:, end : end + size], cache)
+        end += size
+        largest = full.abs().max().item()
+        torch.testing.assert_close(logits, full[:, end - 1], rtol=0, atol=1e-5 * largest)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    capacity=st.integers(1, 12),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+)
+def test_a_full_cache_is_sliding_window_attention(capacity: int, sizes: list[int]) -> None:
+    model = NoPEGPT(**SETTINGS).eval()
+    state = model.state_dict()
+    tensors = {published: state[ours] for ours, published in published_names(3).items()}
+    tokens = torch.randint(0, 61, (sum(sizes),), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(capacity)
+    expected = forward(tensors, tokens, window=capacity, **HEADS)
+    end = 0
+    for size in sizes:
+        logits = model.predict(tokens[None, end : end + size], cache)[0]
+        end += size
+        torch.testing.assert_close(logits, expected[end - 1], rtol=0, atol=1e-5)
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_model().train()
+        if checkpointing:
+            model.decoder.enable_activation_checkpointing()
+        tokens = torch.arange(20).unsqueeze(0)
+        model(tokens, tokens + 1).backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    model = small_model(dropout=0.5)
+    tokens = torch.arange(20).unsqueeze(0)
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_generate(dtype: torch.dtype) -> None:
+    model = small_model().to(dtype)
+    assert len(list(model.generate(torch.tensor([1, 2, 3]), max_tokens=5))) == 5
+
+
+def test_resizing_keeps_rows_dtype_and_whether_they_are_trained() -> None:
+    model = small_model().to(torch.bfloat16)
+    model.freeze_model_parameters()
+    before = model.token_embeddings.weight.clone()
+    model.resize_token_embeddings(65)
+    after = model.token_embeddings.weight
+    assert torch.equal(after[:61], before)
+    assert (after.dtype, after.requires_grad) == (torch.bfloat16, False)
+    assert model(torch.tensor([[64]])).shape == (1, 1, 65)
+    assert model.config.vocabulary_size == 65
+    model.resize_token_embeddings(10)
+    assert torch.equal(model.token_embeddings.weight, before[:10])
+
+
+def test_freezing_freezes() -> None:
+    model = small_model()
+    model.freeze_model_parameters()
+    assert model.num_trainable_params == 0
+    model.unfreeze_token_embeddings()
+    assert model.num_trainable_params == 61 * 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_q_heads": 5}, "--embedding-dimensions is 32, and must be a multiple of --num-q"),
+        ({"num_kv_heads": 3}, "--num-q-heads is 4, and must be a multiple of --num-kv-heads"),
+        ({"hidden_ratio": 0}, "--feed-forward-ratio is 0, and must be at least 1"),
+        ({"dropout": 1.0}, "--dropout is 1.0, and must be below 1"),
+        ({"num_decoder_layers": True}, "--num-hidden-layers is True, and must be a whole number"),
+    ],
+)
+def test_an_impossible_shape_is_refused_by_its_flag(
+    changes: dict[str, float], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        small_model(**changes)
