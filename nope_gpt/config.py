@@ -15,7 +15,7 @@ from nope_gpt.knobs import Knobs, knob
 
 ENCODINGS = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
-LEARNING_RATES = {"adamw": 1e-3, "adafactor": 1e-2}
+LEARNING_RATES = {"muon": 2e-2, "adamw": 1e-3, "adafactor": 1e-2}
 
 MODEL = "Model"
 DATA = "Data"
@@ -154,16 +154,16 @@ class TrainingConfig(Knobs):
     )
     optimizer: str = knob(
         "adamw",
-        "adamw or adafactor.",
+        "adamw; adafactor, with hardly any memory; or muon for the matrices, adamw for the rest.",
         panel=OPTIMIZATION,
-        choices=("adamw", "adafactor"),
+        choices=("adamw", "adafactor", "muon"),
     )
     learning_rate: float | None = knob(
         None,
         "Peak learning rate.",
         panel=OPTIMIZATION,
         above=0.0,
-        shown_default="adamw 1e-3, adafactor 1e-2",
+        shown_default="adamw 1e-3, adafactor 1e-2, muon 2e-2",
     )
     schedule: str = knob(
         "linear",
@@ -498,8 +498,7 @@ PRESETS: dict[type[Knobs], dict[str, dict[str, Any]]] = {
             "tokens_per_sample": 256,
             "batch_size": 8,
             "gradient_accumulation_steps": 1,
-            "learning_rate": 3e-3,
-            "max_gradient_norm": 1.0,
+            "optimizer": "muon",
             "max_steps": 500,
         },
         "400m": SHAPE_400M,

@@ -39,6 +39,19 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--forbid-skips", action="store_true", help="fail if any test was skipped for any reason"
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A skipped test is no passed test, where everything is at hand to run it."""
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if session.config.getoption("--forbid-skips") and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs tiktoken's ranks where they are not cached: tests use no network."""
     cache = os.environ.get("TIKTOKEN_CACHE_DIR")

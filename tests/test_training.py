@@ -24,7 +24,8 @@ from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.hub import newest_checkpoint
 from nope_gpt.model import NoPEGPT
-from nope_gpt.training.optimization import learning_rate
+from nope_gpt.training.muon import Muon
+from nope_gpt.training.optimization import schedule as learning_rate_fraction
 from nope_gpt.training.runs import stored_settings
 
 
@@ -50,7 +51,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         assert torch.equal(one[name], other[name]), name
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     dataset: Path, tmp_path: Path, optimizer: str, low_memory: bool
@@ -119,7 +120,7 @@ def test_metrics_say_what_happened(dataset: Path, tmp_path: Path) -> None:
         assert row["tokens_per_second"] > 0
     config = PretrainConfig(**RECIPE)
     assert [row["learning_rate"] for row in rows] == [
-        learning_rate(step, 6, config) for step in range(6)
+        1e-2 * learning_rate_fraction(step, 6, config) for step in range(6)
     ]
     assert list(tmp_path.glob("pretrain/events.out.tfevents.*"))
 
@@ -278,12 +279,38 @@ def test_a_signal_ends_a_run_in_a_checkpoint(
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_the_learning_rate_rises_then_follows_its_schedule(schedule: str) -> None:
-    config = PretrainConfig(learning_rate=2.0, schedule=schedule, warmup_fraction=0.1)
-    rates = [learning_rate(step, 100, config) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2)
-    assert rates[9] == rates[10] == 2.0
+    config = PretrainConfig(schedule=schedule, warmup_fraction=0.1)
+    rates = [learning_rate_fraction(step, 100, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    ends = {"constant": 2.0, "linear": 2.0 / 90, "cosine": 0.2}
+    ends = {"constant": 1.0, "linear": 1.0 / 90, "cosine": 0.1}
     assert rates[-1] == pytest.approx(ends[schedule], rel=0.01)
-    assert max(rates) == 2.0
+    assert max(rates) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_muon_moves_a_matrix_by_an_orthogonal_one(shape: tuple[int, int]) -> None:
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(weight.grad, full_matrices=False)
+    Muon([weight], lr=1.0).step()
+    scale = max(1.0, shape[0] / shape[1]) ** 0.5
+    values = torch.linalg.svdvals(-weight.detach()) / scale
+    assert 0.65 < values.min() <= values.max() < 1.25
+    assert ((u.T @ -weight.detach() @ v.T).diagonal() > 0.6 * scale).all()
+
+
+def test_muon_in_float32_agrees_with_torchs_own() -> None:
+    start = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    one = Muon([ours], lr=0.02, weight_decay=0.1)
+    other = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95)
+    for step in range(5):
+        gradient = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
+        for weight, optimizer in ((ours, one), (theirs, other)):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    assert (ours - theirs).abs().max() < 0.02 * 5 * 0.05  # bfloat16 against float32
+    assert (ours - start).abs().max() > 0.01

@@ -98,11 +98,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise NopeError(f"this is not a whole safetensors file: {error}", where=str(path)) from None
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors, each by the name of its parameter and its own."""
+def optimizer_state(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' tensors, each by the name of its parameter and its own."""
     names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
     return {
         f"{names[weight]}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        for optimizer in optimizers
         for weight, values in optimizer.state.items()
         for key, value in values.items()
         if value is not None
@@ -110,7 +111,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]
 
 
 def load_optimizer_state(
-    model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]
+    model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]
 ) -> None:
     """Put back what `optimizer_state` gave.
 
@@ -118,11 +119,16 @@ def load_optimizer_state(
         NopeError: The tensors are another optimizer's or another model's.
     """
     weights = dict(model.named_parameters())
-    trained = {weight for group in optimizer.param_groups for weight in group["params"]}
-    state: dict[Tensor, dict[str, Tensor]] = {weight: {} for weight in trained}
+    owners: dict[Tensor, Optimizer] = {
+        weight: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for weight in group["params"]
+    }
+    state: dict[Tensor, dict[str, Tensor]] = {weight: {} for weight in owners}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition("/")
-        if parameter not in weights or weights[parameter] not in trained:
+        if parameter not in weights or weights[parameter] not in owners:
             raise NopeError(
                 f"the optimizer's state has {name}, and this run trains no such parameter",
                 hint="resume with the settings the run was started with",
@@ -132,4 +138,4 @@ def load_optimizer_state(
     if any(not values for values in state.values()):
         raise NopeError("the optimizer's state is of another optimizer or incomplete")
     for tensor, values in state.items():
-        optimizer.state[tensor] = values
+        owners[tensor].state[tensor] = values

@@ -22,7 +22,7 @@ from nope_gpt.errors import Interrupted, NopeError
 from nope_gpt.evaluation import summed_loss
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training import checkpoints, distribution
-from nope_gpt.training.optimization import learning_rate, make_optimizer
+from nope_gpt.training.optimization import make_optimizers, schedule, set_learning_rate
 from nope_gpt.training.reporting import EvaluationReport, Listener, StepReport
 from nope_gpt.training.runs import Run
 from nope_gpt.training.signals import StopRequest, exit_code_of
@@ -66,10 +66,10 @@ class Trainer:
         self.listeners = listeners
         self.device = job.model.device
         self.progress = run.progress
-        self.optimizer = make_optimizer(job.model, config)
+        self.optimizers = make_optimizers(job.model, config)
         if run.resumed_from:
             tensors = checkpoints.read_tensors(run.resumed_from / checkpoints.OPTIMIZER)
-            checkpoints.load_optimizer_state(job.model, self.optimizer, tensors)
+            checkpoints.load_optimizer_state(job.model, self.optimizers, tensors)
         self.network: nn.Module = distribution.distribute(job.model, ranks, self.device)
         self.trained = [weight for weight in job.model.parameters() if weight.requires_grad]
         self.stop = StopRequest()
@@ -122,11 +122,11 @@ class Trainer:
         loss_value = distribution.total(loss).item()
         norm = nn.utils.clip_grad_norm_(self.trained, self.config.max_gradient_norm).item()
         self.refuse_non_finite(loss_value, norm)
-        rate = learning_rate(step, self.job.num_steps, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        fraction = schedule(step, self.job.num_steps, self.config)
+        set_learning_rate(self.optimizers, fraction)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         self.progress.step += 1
         self.progress.tokens += int(num_trained)
@@ -135,7 +135,7 @@ class Trainer:
             step=self.progress.step,
             loss=loss_value,
             gradient_norm=norm,
-            learning_rate=rate,
+            learning_rate=fraction * self.config.peak_learning_rate,
             tokens_per_second=num_trained / seconds,
             tokens=self.progress.tokens,
             seconds=self.progress.seconds,
@@ -175,7 +175,7 @@ class Trainer:
                 self.run.checkpoint_path,
                 self.progress,
                 self.job.write_model,
-                checkpoints.optimizer_state(self.job.model, self.optimizer),
+                checkpoints.optimizer_state(self.job.model, self.optimizers),
                 self.config.keep_checkpoints,
             )
             for listener in self.listeners:
