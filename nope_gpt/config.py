@@ -314,6 +314,13 @@ class TuneConfig(TrainingConfig):
         minimum=1,
     )
     num_epochs: int = knob(2, "Passes over the data.", panel=OPTIMIZATION, minimum=1)
+    max_steps: int | None = knob(
+        None,
+        "Updates of the weights, at most.",
+        panel=OPTIMIZATION,
+        minimum=1,
+        shown_default="all passes",
+    )
     weight_decay: float = knob(
         0.0, "Decoupled weight decay of the matrices.", panel=OPTIMIZATION, minimum=0.0
     )
@@ -465,6 +472,9 @@ class QuickstartConfig(Knobs):
     directory: str = knob("./quickstart", "Where everything goes.", panel=RUN)
     pretrain_steps: int = knob(
         500, "Updates of the base model's weights.", panel=OPTIMIZATION, minimum=1
+    )
+    tune_steps: int = knob(
+        300, "Updates of the assistant's adapters.", panel=OPTIMIZATION, minimum=1
     )
     seed: int = knob(0, "Seed of every random choice.", panel=RUN, minimum=0, maximum=(1 << 63) - 1)
 

@@ -106,7 +106,7 @@ def tune(root: Path, datasets: Path, base: Path, config: QuickstartConfig) -> Pa
     runs = root / "runs"
     announce(
         f"tune --preset tiny --model {base} --dataset-path {datasets} --run-dir-path {runs} "
-        f"--seed {config.seed}"
+        f"--max-steps {config.tune_steps} --seed {config.seed}"
     )
     settings = TuneConfig(
         **PRESETS[TuneConfig]["tiny"]
@@ -114,6 +114,7 @@ def tune(root: Path, datasets: Path, base: Path, config: QuickstartConfig) -> Pa
             "model": str(base),
             "dataset_path": str(datasets),
             "run_dir_path": str(runs),
+            "max_steps": config.tune_steps,
             "seed": config.seed,
         }
     )

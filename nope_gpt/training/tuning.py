@@ -81,10 +81,11 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False)
             tokenizer.save(directory)
             save_file(trained_tensors(model), directory / checkpoints.ADAPTER)
 
+        num_steps = config.num_epochs * batches.steps_per_epoch
         job = Job(
             model=model,
             batches=batches,
-            num_steps=config.num_epochs * batches.steps_per_epoch,
+            num_steps=min(num_steps, config.max_steps or num_steps),
             eval_interval=config.eval_interval * batches.steps_per_epoch,
             checkpoint_interval=config.checkpoint_interval * batches.steps_per_epoch,
             precision=resolve_precision(config.precision, device),

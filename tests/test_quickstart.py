@@ -1,0 +1,25 @@
+"""The main job, end to end, on the text that this Python carries."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+Nope = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_quickstart_makes_a_model_and_goes_on_where_it_stopped(nope: Nope, tmp_path: Path) -> None:
+    steps = ("quickstart", "--pretrain-steps", 2, "--tune-steps", 2)
+    done = nope(*steps)
+    assert done.returncode == 0, done.stderr
+    for command in ("prepare", "pretrain", "tune", "export", "generate", "chat"):
+        assert f"$ nope {command}" in done.stderr
+    assert "What to type next" in done.stderr
+    assert done.stdout.rstrip().endswith("exports/docs-chat")
+    assert (tmp_path / "quickstart" / "exports" / "docs-chat" / "model.safetensors").is_file()
+    again = nope(*steps)
+    assert again.returncode == 0, again.stderr
+    assert "already there" in again.stderr
+    assert "going on from step 2 of 2" in again.stderr
+    assert again.stdout == done.stdout
