@@ -215,6 +215,7 @@ def test_a_run_that_exists_is_never_overwritten(dataset: Path, tmp_path: Path) -
     [
         ({"embedding_dimensions": 64}, "the model changed"),
         ({"tokens_per_sample": 8}, "the tokens per sample changed"),
+        ({"batch_size": 8}, "the samples per step changed"),
     ],
 )
 def test_resuming_another_network_is_refused(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from nope_gpt.cli.options import configured
 from nope_gpt.cli.terminal import is_interactive, say
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 @configured(ChatConfig)
-def command(settle: Callable[..., ChatConfig], layers: list[tuple[str, dict[str, Any]]]) -> None:
+def command(
+    config: ChatConfig,
+) -> None:
     """Talk with a model in the terminal, or through a pipe, one message a line.
 
     Enter sends. Ctrl-C stops an answer and keeps what was said; at the prompt it clears
@@ -30,7 +32,6 @@ def command(settle: Callable[..., ChatConfig], layers: list[tuple[str, dict[str,
 
     - `printf 'Hi!\\nAnd bye.\\n' | nope chat --model runs/tune`
     """
-    config = settle(layers)
     from nope_gpt.chat import ChatSession
     from nope_gpt.cli.loading import open_model
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from nope_gpt.cli.options import JSON, configured
 from nope_gpt.cli.terminal import result, waiting
 from nope_gpt.config import ExportConfig
 
 
 @configured(ExportConfig, JSON)
-def command(
-    settle: Callable[..., ExportConfig], layers: list[tuple[str, dict[str, Any]]], json: bool
-) -> None:
+def command(config: ExportConfig, json: bool) -> None:
     """Write a model as a directory that other programs read, adapters folded in.
 
     What was written is loaded again and compared with its source before it appears. This
@@ -25,7 +20,6 @@ def command(
 
     - `nope export --model checkpoints/checkpoint.pt --format hub`
     """
-    config = settle(layers)
     from nope_gpt.export.hub_layout import export
 
     with waiting(f"exporting {config.model}"):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nope_gpt.cli.options import JSON, argument, configured, option
 from nope_gpt.cli.terminal import result, say
@@ -24,8 +22,7 @@ PROMPT_FILE = option("prompt_file", str | None, "Read the prompt from a file.", 
 
 @configured(GenerateConfig, PROMPT, PROMPT_FILE, JSON)
 def command(
-    settle: Callable[..., GenerateConfig],
-    layers: list[tuple[str, dict[str, Any]]],
+    config: GenerateConfig,
     prompt: str | None,
     prompt_file: str | None,
     json: bool,
@@ -40,7 +37,6 @@ def command(
 
     - `cat question.txt | nope generate --model runs/pretrain --temperature 0`
     """
-    config = settle(layers)
     text = read_prompt(prompt, prompt_file)
     from nope_gpt.chat import TextStream
     from nope_gpt.cli.loading import open_model

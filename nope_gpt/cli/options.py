@@ -70,7 +70,8 @@ def configured(
     """Give a command an option for every knob of its config.
 
     The command is called with the resolved config and the arguments of its own. Only
-    what was typed counts as a flag, so that a file or preset can set the rest.
+    what was typed counts as a flag, so that a file or preset can set the rest; a resumed
+    run's stored settings come before all of them.
 
     Args:
         config_type: The command's settings.
@@ -90,7 +91,10 @@ def configured(
                 flags = {name: values.pop(name) for name in names}
                 given = {name: value for name, value in flags.items() if value is not None}
                 layers.append(("the command line", given))
-                body(functools.partial(resolve, config_type), layers, **values)
+                config = resolve(config_type, layers)
+                if values.get("resume"):
+                    config = resolve(config_type, [stored_layer(config), *layers])
+                body(config, **values)
 
         command.__signature__ = inspect.Signature([*own, *knobs])  # type: ignore[attr-defined]
         command.__annotations__ = {item.name: item.annotation for item in [*own, *knobs]}
@@ -113,6 +117,14 @@ def layers_from(
     if path is not None:
         layers.append((f"--config {path}", read_settings(Path(path))))
     return layers
+
+
+def stored_layer(config: Any) -> tuple[str, Mapping[str, Any]]:
+    """The settings that the run of this name was begun with."""
+    from nope_gpt.training.runs import run_path, stored_settings
+
+    path = run_path(config)
+    return str(path), stored_settings(path).get("config", {})
 
 
 def common_parameters(presets: Mapping[str, Any]) -> list[inspect.Parameter]:
@@ -162,6 +174,14 @@ def argument(name: str, kind: Any, help: str, *, default: Any, metavar: str) -> 
         annotation=Annotated[kind, typer.Argument(help=help, metavar=metavar)],
     )
 
+
+RESUME = option(
+    "resume",
+    bool,
+    "Go on with the run from its newest valid checkpoint, or begin it if there is none. "
+    "Settings are the stored ones and the flags given now.",
+    default=False,
+)
 
 JSON = option("json", bool, "Print one JSON object on stdout, for programs.", default=False)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nope_gpt.cli.options import JSON, argument, configured
 from nope_gpt.cli.terminal import result, say, waiting
@@ -24,8 +23,7 @@ SOURCES = argument(
 
 @configured(PrepareConfig, SOURCES, JSON)
 def command(
-    settle: Callable[..., PrepareConfig],
-    layers: list[tuple[str, dict[str, Any]]],
+    config: PrepareConfig,
     sources: list[str],
     json: bool,
 ) -> None:
@@ -43,7 +41,6 @@ def command(
 
     - `zcat corpus.gz | nope prepare - --name corpus`
     """
-    config = settle(layers)
     from nope_gpt.data.prepare import prepare
 
     with waiting(f"preparing {', '.join(sources)}"):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nope_gpt.cli.options import configured
 from nope_gpt.cli.terminal import duration, result, say, waiting
@@ -28,14 +26,13 @@ OPENING = "Return a new"
 
 @configured(QuickstartConfig, settings_file=False)
 def command(
-    settle: Callable[..., QuickstartConfig], layers: list[tuple[str, dict[str, Any]]]
+    config: QuickstartConfig,
 ) -> None:
     """Make a small language model from Python's own documentation, in minutes, offline.
 
     Runs prepare, pretrain, tune, export and generate in a row and shows each as the line
     you would type. If it was interrupted, the same command goes on where it stopped.
     """
-    config = settle(layers)
     started = time.perf_counter()
     root = Path(config.directory).expanduser()
     prepared = prepare(root)

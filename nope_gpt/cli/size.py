@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from nope_gpt import sizing
@@ -13,9 +12,7 @@ from nope_gpt.sizing import format_bytes, format_count
 
 
 @configured(SizeConfig, JSON)
-def command(
-    settle: Callable[..., SizeConfig], layers: list[tuple[str, dict[str, Any]]], json: bool
-) -> None:
+def command(config: SizeConfig, json: bool) -> None:
     """Calculate parameters, memory and arithmetic of a shape, before training it.
 
     With --memory, find the largest published shape that trains in that much, and the
@@ -27,7 +24,6 @@ def command(
 
     - `nope size --memory 24GB`
     """
-    config = settle(layers)
     plan = None
     if config.memory is not None:
         memory = sizing.parse_memory(config.memory)

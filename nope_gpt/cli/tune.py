@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from nope_gpt.cli.options import JSON, configured
-from nope_gpt.cli.pretrain import RESUME, with_stored
+from nope_gpt.cli.options import JSON, RESUME, configured
 from nope_gpt.cli.terminal import result
 from nope_gpt.config import TuneConfig
 
 
 @configured(TuneConfig, RESUME, JSON)
-def command(
-    settle: Callable[..., Any], layers: list[tuple[str, dict[str, Any]]], resume: bool, json: bool
-) -> None:
+def command(config: TuneConfig, resume: bool, json: bool) -> None:
     """Teach a base model to answer, by LoRA on a prepared data set of conversations.
 
     Trains low-rank adapters and the token embedding on the answers alone. The base model
@@ -26,7 +20,6 @@ def command(
 
     - `nope tune --model andrewdalpino/NoPE-GPT-400M-Base --dataset my-chats-r50k_base --rank 16`
     """
-    config = with_stored(settle, layers, resume)
     from nope_gpt.cli.watching import Watcher
     from nope_gpt.training.tuning import tune
 

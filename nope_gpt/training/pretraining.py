@@ -54,6 +54,7 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool 
         "tokenizer": dataset.tokenizer,
         "data set": dataset.fingerprint,
         "tokens per sample": config.tokens_per_sample,
+        "samples per step": config.batch_size * config.gradient_accumulation_steps,
     }
     with distribution.process_group(ranks, device):
         if config.seed is None:

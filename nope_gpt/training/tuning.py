@@ -58,6 +58,7 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False)
         "tokenizer": dataset.tokenizer,
         "data set": dataset.fingerprint,
         "adapter": {"rank": config.rank, "alpha": config.alpha},
+        "samples per step": config.batch_size * config.gradient_accumulation_steps,
     }
     with distribution.process_group(ranks, device):
         if config.seed is None:
