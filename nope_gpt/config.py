@@ -471,7 +471,7 @@ class QuickstartConfig(Knobs):
 
     directory: str = knob("./quickstart", "Where everything goes.", panel=RUN)
     pretrain_steps: int = knob(
-        500, "Updates of the base model's weights.", panel=OPTIMIZATION, minimum=1
+        800, "Updates of the base model's weights.", panel=OPTIMIZATION, minimum=1
     )
     tune_steps: int = knob(
         300, "Updates of the assistant's adapters.", panel=OPTIMIZATION, minimum=1
@@ -480,7 +480,7 @@ class QuickstartConfig(Knobs):
 
 
 SHAPE_TINY: dict[str, Any] = {
-    "embedding_dimensions": 256,
+    "embedding_dimensions": 128,
     "num_q_heads": 4,
     "num_kv_heads": 2,
     "num_decoder_layers": 4,
@@ -509,7 +509,7 @@ PRESETS: dict[type[Knobs], dict[str, dict[str, Any]]] = {
             "batch_size": 8,
             "gradient_accumulation_steps": 1,
             "optimizer": "muon",
-            "max_steps": 500,
+            "max_steps": 800,
         },
         "400m": SHAPE_400M,
         "seed": {**SEED_RECIPE, "initialization": "seed"},
@@ -519,6 +519,7 @@ PRESETS: dict[type[Knobs], dict[str, dict[str, Any]]] = {
             "max_tokens_per_sample": 256,
             "batch_size": 8,
             "gradient_accumulation_steps": 1,
+            "learning_rate": 2e-3,
             "num_epochs": 1,
         },
         "seed": SEED_RECIPE,

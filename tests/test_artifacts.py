@@ -157,7 +157,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_manifest_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    with full_disk(100), pytest.raises(CapacityError), publish(root / "data", manifest=dict(HEAD)):
+    with full_disk(10), pytest.raises(CapacityError), publish(root / "data", manifest=dict(HEAD)):
         pass
     assert names(root) == []
 

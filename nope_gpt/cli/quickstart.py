@@ -21,7 +21,7 @@ from nope_gpt.config import (
 
 ENCODING = "bpe:4096"
 QUESTION = "What does textwrap.dedent do?"
-OPENING = "Return a new"
+OPENINGS = ("If the", "This method", "Return a")
 
 
 @configured(QuickstartConfig, settings_file=False)
@@ -37,13 +37,13 @@ def command(
     root = Path(config.directory).expanduser()
     prepared = prepare(root)
     base = pretrain(root, prepared, config)
-    ask("Before tuning, a question is just text to continue", base, config)
+    ask(base, config)
     tuned = tune(root, prepared, base, config)
     exported = export(root, tuned)
     answer(exported, config)
     say(f"\nDone in {duration(time.perf_counter() - started)}. What to type next:", style="bold")
     say(f"  nope chat --model {exported}")
-    say(f'  nope generate "{OPENING}" --model {base}')
+    say(f'  nope generate "{OPENINGS[0]}" --model {base}')
     say(f"  tensorboard --logdir {root / 'runs'}")
     say("  nope prepare YOUR-TEXT.txt --token-encoding bpe:4096 && nope pretrain --preset tiny")
     say("  nope size --memory 24GB")
@@ -129,19 +129,20 @@ def export(root: Path, tuned: Path) -> Path:
         return export_model(settings)
 
 
-def ask(title: str, base: Path, config: QuickstartConfig) -> None:
-    """What the base model makes of the question, and a sample of its prose."""
+def ask(base: Path, config: QuickstartConfig) -> None:
+    """A sample of the base model's prose, and what it makes of the question."""
     from nope_gpt.chat import TextStream
     from nope_gpt.cli.loading import open_model
     from nope_gpt.cli.writing import write_stream
 
-    for heading, prompt in ((f"{title}:", QUESTION), ("And a sample of its prose:", OPENING)):
-        announce(f'generate "{prompt}" --model {base} --max-tokens 80 --seed {config.seed}')
-        say(heading, style="dim")
-        settings = GenerateConfig(
-            model=str(base), max_tokens=80, temperature=0.7, seed=config.seed, device="auto"
-        )
-        model, tokenizer = open_model(settings, "generate")
+    settings = GenerateConfig(
+        model=str(base), max_tokens=80, temperature=0.6, context_length=256, seed=config.seed
+    )
+    model, tokenizer = open_model(settings, "generate")
+    for prompt in (*OPENINGS, QUESTION):
+        announce(f'generate "{prompt}" --model {base} --temperature 0.6')
+        if prompt == QUESTION:
+            say("Before tuning, a question is just text to continue:", style="dim")
         sys.stdout.write(prompt)
         write_stream(TextStream(model, tokenizer, tokenizer.tokenize(prompt), settings), False)
         sys.stdout.write("\n")
@@ -154,9 +155,16 @@ def answer(exported: Path, config: QuickstartConfig) -> None:
     from nope_gpt.cli.loading import open_model
     from nope_gpt.cli.writing import write_stream
 
-    announce(f"chat --model {exported} --seed {config.seed}")
+    announce(f'chat --model {exported} --system-message "" --temperature 0.6')
     say(f"After tuning, it answers:\n> {QUESTION}", style="dim")
-    settings = ChatConfig(model=str(exported), max_tokens=120, seed=config.seed, system_message="")
+    settings = ChatConfig(
+        model=str(exported),
+        max_tokens=120,
+        temperature=0.6,
+        context_length=256,
+        system_message="",
+        seed=config.seed,
+    )
     model, tokenizer = open_model(settings, "chat")
     write_stream(ChatSession(model, tokenizer, settings).reply(QUESTION), False)
     sys.stdout.write("\n")
