@@ -231,7 +231,8 @@ def test_a_piped_message_that_cannot_be_answered_ends_the_conversation(
     assert exit.value.code == code
     out, err = capsys.readouterr()
     assert out == "ok\n"
-    assert f"error: {says}" in err or says in err
+    assert "error: " in err
+    assert says in err
 
 
 # On a terminal
@@ -250,9 +251,9 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path) 
         ["-m", "nope_gpt.cli", "chat", *words],
         env=os.environ | terminal,
         encoding="utf-8",
-        timeout=60,
+        timeout=30,
     )
-    prompt = "> "
+    prompt = "\x1b[?2004h"  # What a line editor sends when it begins to read.
     child.expect_exact("Ctrl-D leaves.")
     child.expect_exact(prompt)
     child.send("One?\r")
@@ -263,8 +264,8 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path) 
     child.send("x" * 200 + "\r")
     child.expect_exact("the context holds 200")
     child.expect_exact(prompt)
-    child.send("half a message")
-    child.expect_exact("half a message")
+    child.send("halfway")
+    child.expect_exact("halfway")
     child.sendcontrol("c")
     child.expect_exact(prompt)
     child.send("Two?\r")

@@ -135,12 +135,13 @@ def ask(base: Path, config: QuickstartConfig) -> None:
     from nope_gpt.cli.loading import open_model
     from nope_gpt.cli.writing import write_stream
 
-    settings = GenerateConfig(
-        model=str(base), max_tokens=80, temperature=0.6, context_length=256, seed=config.seed
-    )
+    settings = GenerateConfig(model=str(base), max_tokens=80, temperature=0.6, seed=config.seed)
     model, tokenizer = open_model(settings, "generate")
     for prompt in (*OPENINGS, QUESTION):
-        announce(f'generate "{prompt}" --model {base} --temperature 0.6')
+        announce(
+            f'generate "{prompt}" --model {base} --max-tokens 80 --temperature 0.6 '
+            f"--seed {config.seed}"
+        )
         if prompt == QUESTION:
             say("Before tuning, a question is just text to continue:", style="dim")
         sys.stdout.write(prompt)
@@ -155,13 +156,15 @@ def answer(exported: Path, config: QuickstartConfig) -> None:
     from nope_gpt.cli.loading import open_model
     from nope_gpt.cli.writing import write_stream
 
-    announce(f'chat --model {exported} --system-message "" --temperature 0.6')
+    announce(
+        f'chat --model {exported} --max-tokens 120 --temperature 0.6 --system-message "" '
+        f"--seed {config.seed}"
+    )
     say(f"After tuning, it answers:\n> {QUESTION}", style="dim")
     settings = ChatConfig(
         model=str(exported),
         max_tokens=120,
         temperature=0.6,
-        context_length=256,
         system_message="",
         seed=config.seed,
     )
