@@ -353,7 +353,7 @@ def test_padding_and_what_others_wrote_is_ignored(tmp_path: Path) -> None:
         assert targets.tolist() == expected + [IGNORED] * (longest - size)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(messages=MESSAGES, limit=st.integers(2, 30))
 def test_a_long_conversation_loses_whole_messages_from_its_end(
     tmp_path_factory: pytest.TempPathFactory, messages: list[tuple[str, int]], limit: int

@@ -336,7 +336,7 @@ VALUES = st.recursive(
 ROWS = st.dictionaries(st.sampled_from(["text", "messages"]), VALUES | st.just(CHATS[0]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows=st.lists(ROWS | VALUES, max_size=4))
 def test_a_table_of_anything_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any]
@@ -350,7 +350,7 @@ def test_a_table_of_anything_is_read_or_refused(
         assert all(type(document) is (str if content == "text" else list) for document in found)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(content=st.binary(max_size=40), suffix=st.sampled_from(documents.SUFFIXES))
 def test_a_file_of_anything_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str

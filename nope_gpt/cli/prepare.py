@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Self
 
 from nope_gpt.cli.options import JSON, argument, configured
-from nope_gpt.cli.terminal import result, say, waiting
+from nope_gpt.cli.terminal import QUIET_SECONDS, Pace, progress_bar, result, say, talk
 from nope_gpt.config import PrepareConfig
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def command(
     """
     from nope_gpt.data.prepare import prepare
 
-    with waiting(f"preparing {', '.join(sources)}"):
-        made = prepare(sources, config)
+    say(f"reading {', '.join(sources)}")
+    with Watcher() as watcher:
+        made = prepare(sources, config, watcher)
     for data in made:
         say(summary(data))
     result(
@@ -52,6 +54,37 @@ def command(
         {"datasets": [{**vars(data), "path": str(data.path)} for data in made]},
         json,
     )
+
+
+class Watcher:
+    """Shows how far the encoding is: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = talk()
+        self.pace = Pace(0.1 if self.console.is_terminal else QUIET_SECONDS)
+        self.bar = progress_bar(self.console)
+        self.task = self.bar.add_task("prepare", total=None, figures="")
+        self.started = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, data: Prepared) -> None:
+        if not self.pace.is_due():
+            return
+        speed = data.tokens / (time.perf_counter() - self.started)
+        figures = f"{data.documents:,} documents · {data.tokens:,} tokens · {speed:,.0f} tok/s"
+        if self.console.is_terminal:
+            done, total = data.characters, data.size or None
+            self.bar.update(self.task, completed=done, total=total, figures=figures)
+        else:
+            share = f" · {data.characters / data.size:.0%}" if data.size else ""
+            say(figures + share)
 
 
 def summary(data: Prepared) -> str:

@@ -57,7 +57,7 @@ def announce(line: str) -> None:
 
 def prepare(root: Path) -> Path:
     """Text and conversations from python-docs; returns the root of the data sets."""
-    from nope_gpt.cli.prepare import summary
+    from nope_gpt.cli.prepare import Watcher, summary
     from nope_gpt.data import prepare as data
 
     datasets = root / "datasets"
@@ -66,8 +66,9 @@ def prepare(root: Path) -> Path:
         say("  already there")
         return datasets
     settings = PrepareConfig(dataset_path=str(datasets), token_encoding=ENCODING)
-    with waiting("  reading the documentation of this Python"):
-        made = data.prepare(["python-docs"], settings)
+    say("  reading the documentation of this Python")
+    with Watcher() as watcher:
+        made = data.prepare(["python-docs"], settings, watcher)
     for item in made:
         say(f"  {summary(item)}", style="dim")
     return datasets

@@ -28,12 +28,17 @@ TRAINING_TEXT = 64 * 1000 * 1000
 
 @dataclass
 class Prepared:
-    """What was made, for the report."""
+    """What was made so far, for the report.
+
+    Attributes:
+        size: Bytes of the source files, or 0 where that is not known.
+    """
 
     path: Path
     content: str
     tokenizer: str
     vocabulary_size: int
+    size: int = 0
     documents: int = 0
     holdout_documents: int = 0
     tokens: int = 0
@@ -53,7 +58,7 @@ def prepare(
     Args:
         names: Files, directories, `-` for standard input, or `python-docs`.
         config: Where to, and with which tokenizer.
-        progress: Called now and then with the counts so far.
+        progress: Called after each document with the counts so far.
 
     Raises:
         NopeError: A source is missing, empty or damaged; nothing is left half-made.
@@ -128,7 +133,8 @@ def build(
     """Write one data set, whole or not at all."""
     content = sources[0].content
     encoder = ChatTokenizer(tokenizer.encoding) if content == "chat" else tokenizer
-    result = Prepared(path, content, encoder.name, encoder.vocabulary_size)
+    size = sum(file.get("size", 0) for source in sources for file in source.origin)
+    result = Prepared(path, content, encoder.name, encoder.vocabulary_size, size)
     manifest: dict[str, Any] = {
         "kind": "dataset",
         "format_version": FORMAT_VERSION,
@@ -146,8 +152,8 @@ def build(
     with publish(path, manifest=manifest, overwrite=config.overwrite) as directory:
         for source in sources:
             for unit in units(source):
-                write_unit(unit, source, directory, encoder, config.holdout_fraction, result)
-                progress(result)
+                encoded = encode_unit(unit, encoder, result, progress)
+                write_unit(encoded, source, directory, config.holdout_fraction, result)
         if not result.documents:
             raise NopeError(
                 f"there is nothing to train on: {result.refused} documents, none of them usable"
@@ -175,39 +181,44 @@ def units(source: Source) -> Iterator[list[Document]]:
         yield unit
 
 
-def write_unit(
-    unit: list[Document],
-    source: Source,
-    directory: Path,
-    tokenizer: BaseTokenizer,
-    fraction: float,
-    result: Prepared,
-) -> None:
-    """Encode one unit into one shard, refusing documents with nothing to train on."""
-    encoded: list[EncodedDocument] = []
-    positions: list[float] = []
+def encode_unit(
+    unit: list[Document], tokenizer: BaseTokenizer, result: Prepared, progress: Progress
+) -> list[tuple[float, EncodedDocument]]:
+    """Encode documents, each with its `position`; refuses those with nothing to train on."""
+    encoded = []
     for document in unit:
         tokens = encode(document, tokenizer)
         result.characters += sum(map(len, contents_of(document)))
-        if tokens.mask is not None and not tokens.mask.any():
+        if tokens.mask is not None and not tokens.mask[1:].any():
             result.refused += 1
         else:
-            encoded.append(tokens)
-            positions.append(position(document))
+            encoded.append((position(document), tokens))
+            result.documents += 1
+            result.tokens += tokens.tokens.size
+        progress(result)
+    return encoded
+
+
+def write_unit(
+    encoded: list[tuple[float, EncodedDocument]],
+    source: Source,
+    directory: Path,
+    fraction: float,
+    result: Prepared,
+) -> None:
+    """Write one unit as one shard, if anything is left of it."""
     if not encoded:
         return
-    held = holdout(positions, fraction)
+    held = holdout([position for position, _ in encoded], fraction)
     entry = write_shard(
         directory,
         f"shard-{len(result.shards):05d}",
-        [document for index, document in enumerate(encoded) if index not in held],
-        [document for index, document in enumerate(encoded) if index in held],
-        token_dtype(tokenizer.vocabulary_size),
+        [document for index, (_, document) in enumerate(encoded) if index not in held],
+        [document for index, (_, document) in enumerate(encoded) if index in held],
+        token_dtype(result.vocabulary_size),
     )
     result.shards.append(entry | {"source": source.name})
-    result.documents += len(encoded)
     result.holdout_documents += len(held)
-    result.tokens += sum(document.tokens.size for document in encoded)
 
 
 def encode(document: Document, tokenizer: BaseTokenizer) -> EncodedDocument:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,6 +111,8 @@ def open_run(config: TrainingConfig, command: str, facts: dict[str, Any], resume
     }
     write_json(path / RUN, record)
     directory = path / checkpoint_path(config)
+    for leftover in directory.glob("step-*.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     return Run(path, directory, checkpoints.newest(directory) if stored else None)
 
 
