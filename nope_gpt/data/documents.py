@@ -34,12 +34,14 @@ class Source:
         content: "text" or "chat".
         read: Starts reading from the beginning.
         origin: Where they come from, for the manifest.
+        size: Characters, about, or 0 where that is not known.
     """
 
     name: str
     content: str
     read: Callable[[], Iterator[Document]]
     origin: list[dict[str, Any]] = field(default_factory=list)
+    size: int = 0
 
 
 def open_sources(names: Iterable[str], text_column: str) -> list[Source]:
@@ -87,7 +89,8 @@ def standard_input() -> Source:
 
 def directory_sources(path: Path, text_column: str) -> list[Source]:
     """All text files of a directory as one source, and each table as one of its own."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    found = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in found if file.is_file())
     if not files:
         raise MissingError(f"no {', '.join(SUFFIXES)} file is in this directory", where=str(path))
     texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
@@ -111,9 +114,11 @@ def file_source(path: Path, text_column: str) -> Source:
             hint=f"give {', '.join(SUFFIXES)}, or pipe text in: `nope prepare - < {path.name}`",
         )
     content = content_of(rows, text_column, path)
+    origin = origin_of(path)
+    size = origin["size"] if suffix == ".jsonl" else unpacked_size(path, text_column)
     if content == "chat":
-        return Source(path.stem, content, lambda: chats(rows()), [origin_of(path)])
-    return Source(path.stem, content, lambda: texts(rows(), text_column), [origin_of(path)])
+        return Source(path.stem, content, lambda: chats(rows()), [origin], size)
+    return Source(path.stem, content, lambda: texts(rows(), text_column), [origin], size)
 
 
 def text_source(name: str, files: list[Path]) -> Source:
@@ -123,7 +128,8 @@ def text_source(name: str, files: list[Path]) -> Source:
         for file in files:
             yield from parts(decoded(file.read_bytes(), str(file)))
 
-    return Source(name, "text", read, [origin_of(file) for file in files])
+    origin = [origin_of(file) for file in files]
+    return Source(name, "text", read, origin, sum(entry["size"] for entry in origin))
 
 
 def origin_of(path: Path) -> dict[str, Any]:
@@ -204,6 +210,19 @@ def parquet_rows(path: Path, text_column: str) -> Iterator[tuple[str, Any]]:
                 number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise NopeError(f"this is not a whole parquet file: {error}", where=str(path)) from None
+
+
+def unpacked_size(path: Path, text_column: str) -> int:
+    """Bytes of the messages or the text of a .parquet file before compression."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.ParquetFile(path).metadata
+    return sum(
+        metadata.row_group(group).column(column).total_uncompressed_size
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+        if metadata.schema.column(column).path.split(".")[0] in ("messages", text_column)
+    )
 
 
 def content_of(rows: Callable[[], Iterator[tuple[str, Any]]], text_column: str, path: Path) -> str:

@@ -31,7 +31,7 @@ class Prepared:
     """What was made so far, for the report.
 
     Attributes:
-        size: Bytes of the source files, or 0 where that is not known.
+        size: Characters in the sources, about, or 0 where that is not known.
     """
 
     path: Path
@@ -133,7 +133,7 @@ def build(
     """Write one data set, whole or not at all."""
     content = sources[0].content
     encoder = ChatTokenizer(tokenizer.encoding) if content == "chat" else tokenizer
-    size = sum(file.get("size", 0) for source in sources for file in source.origin)
+    size = sum(source.size for source in sources)
     result = Prepared(path, content, encoder.name, encoder.vocabulary_size, size)
     manifest: dict[str, Any] = {
         "kind": "dataset",
