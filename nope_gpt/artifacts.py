@@ -11,18 +11,36 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from nope_gpt.errors import CapacityError, MissingError, NopeError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
 Manifest = dict[str, Any]
+
+DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What reading a JSON file that is not what it should be can raise."""
 
 
 @contextmanager
@@ -35,6 +53,12 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except SafetensorError as error:
+        code = re.search(r"code: (\d+)", str(error))
+        if code is None:
+            raise
+        with writing(path):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CapacityError(
@@ -61,6 +85,25 @@ def write_file(path: Path, content: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         sync(path.parent)
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as a safetensors file."""
+    from safetensors.torch import save_file
+
+    with writing(path):
+        save_file(tensors, path, metadata=metadata)
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array as a .npy file; unlike `numpy.save` it tells a full disk as such."""
+    from numpy.lib import format as npy
+
+    with writing(path), path.open("wb") as file:
+        npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -122,7 +165,15 @@ def replace_directory(new: Path, path: Path) -> None:
     old = path.with_name(f"{path.name}.old-{os.getpid()}")
     path.replace(old)
     new.replace(path)
-    shutil.rmtree(old)
+    if old.is_symlink() or old.is_file():
+        old.unlink()
+    else:
+        shutil.rmtree(old)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a killed program left this beside the place it was to have."""
+    return re.search(r"\.(tmp|old)-\d+$", path.name) is not None
 
 
 def sync(path: Path) -> None:
@@ -162,7 +213,7 @@ def read_manifest(path: Path, kind: str) -> Manifest:
         sizes = {str(name): int(entry["size"]) for name, entry in files.items()}
     except FileNotFoundError:
         raise MissingError(f"this is not a {kind}: it has no {MANIFEST}", where=str(path)) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGE as error:
         raise NopeError(
             f"the manifest is damaged ({type(error).__name__}: {error})", where=str(file)
         ) from None

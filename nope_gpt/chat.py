@@ -43,8 +43,9 @@ class Statistics:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed, the first token left out."""
-        return (self.new_tokens - 1) / max(self.seconds - self.first_seconds, 1e-9)
+        """Decoding speed, the first token left out; 0 if there was no other."""
+        seconds = self.seconds - self.first_seconds
+        return (self.new_tokens - 1) / seconds if self.new_tokens > 1 and seconds else 0.0
 
     def __str__(self) -> str:
         return (
@@ -143,8 +144,14 @@ class ChatSession:
 
         What was said is remembered even if the stream is left early.
         """
+        before = self.memory.messages.copy()
         self.memory.add_message({"role": "user", "content": text})
-        stream = TextStream(self.model, self.tokenizer, self.prompt(), self.config, self.generator)
+        try:
+            prompt = self.prompt()
+        except UsageError:
+            self.memory.messages = before
+            raise
+        stream = TextStream(self.model, self.tokenizer, prompt, self.config, self.generator)
         self.statistics = stream.statistics
         said: list[str] = []
         try:

@@ -8,7 +8,7 @@ a field is also a key of config.json, and the knob names its flag.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from nope_gpt.errors import UsageError
 from nope_gpt.knobs import Knobs, knob
@@ -137,6 +137,8 @@ class PrepareConfig(Knobs):
 class TrainingConfig(Knobs):
     """What pretraining and tuning share: one loop, one set of knobs."""
 
+    command: ClassVar[str]
+
     dataset_path: str = knob(
         "./datasets", "Root directory of the data sets, or one data set's directory.", panel=DATA
     )
@@ -240,6 +242,8 @@ class TrainingConfig(Knobs):
 class PretrainConfig(ModelShape, TrainingConfig):
     """Text to a base model."""
 
+    command: ClassVar[str] = "pretrain"
+
     dataset_subset: str | None = knob(
         None,
         "FineWeb subset whose data set to train on, `none` for the full 15T tokens.",
@@ -280,6 +284,8 @@ class PretrainConfig(ModelShape, TrainingConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuneConfig(TrainingConfig):
     """Conversations to an assistant."""
+
+    command: ClassVar[str] = "tune"
 
     model: str | None = knob(
         None,

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from nope_gpt.artifacts import MANIFEST, read_manifest, verify, write_json, writing
+from nope_gpt.artifacts import DAMAGE, MANIFEST, read_manifest, verify, write_json, write_tensors
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 
@@ -98,13 +97,15 @@ def locate(model: str | Path, *, local_only: bool = False, **options: Any) -> Pa
     path = Path(model).expanduser()
     if path.is_dir():
         return model_in(path)
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt") or path.is_file():
+    if path.is_file():
         raise UsageError(
             "this is a single file, and a model is a directory",
             where=str(path),
             hint=f"for a checkpoint of the old scripts: "
             f"nope export --model {path} --format hub --output exports/{path.stem}",
         )
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
+        raise MissingError("there is no such file", where=str(path))
     if local_only or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise MissingError(
             "there is no such model",
@@ -147,7 +148,7 @@ def checkpoints_of(run: Path) -> Path:
     """The directory of a run's checkpoints."""
     try:
         return run / str(json.loads((run / RUN).read_text(encoding="utf-8"))["checkpoints"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except DAMAGE as error:
         raise NopeError(
             f"this run's settings are damaged ({type(error).__name__})", where=str(run / RUN)
         ) from None
@@ -254,7 +255,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a config.json, renaming historical settings."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except DAMAGE as error:
         raise NopeError(f"{CONFIG} cannot be read: {error}", where=str(path)) from None
     if not isinstance(settings, dict):
         raise NopeError(f"{CONFIG} is not a table of settings", where=str(path))
@@ -363,8 +364,7 @@ def save(path: Path, model: SavedModel) -> None:
     settings: dict[str, Any] = dict(sorted(model.config.as_dict().items()))
     if model.trained_context_length is not None:
         settings["trained_context_length"] = model.trained_context_length
-    with writing(path):
-        save_file(tensors, path / WEIGHTS, metadata={TIED: TIED_PUBLISHED})
+    write_tensors(path / WEIGHTS, tensors, metadata={TIED: TIED_PUBLISHED})
     write_json(path / CONFIG, settings)
 
 

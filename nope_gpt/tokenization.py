@@ -21,7 +21,7 @@ from typing import Any, Self, SupportsInt
 
 import tiktoken
 
-from nope_gpt.artifacts import write_file
+from nope_gpt.artifacts import DAMAGE, write_file
 from nope_gpt.config import ENCODINGS
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 from nope_gpt.hub import CONFIG, RANKS, TOKENIZER, locate
@@ -131,7 +131,7 @@ class BaseTokenizer:
             name = json.loads(path.read_text(encoding="utf-8"))["name"]
         except FileNotFoundError:
             raise MissingError(f"there is no {TOKENIZER} here", where=str(directory)) from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except DAMAGE as error:
             raise NopeError(
                 f"the tokenizer cannot be read ({type(error).__name__}: {error})", where=str(path)
             ) from None
@@ -208,7 +208,7 @@ class BaseTokenizer:
         """
         try:
             return self.encoding.decode_single_token_bytes(token)
-        except KeyError:
+        except (KeyError, OverflowError):
             raise UsageError(
                 f"token {token} is not in the vocabulary, which ends at {self.vocabulary_size - 1}"
             ) from None
@@ -389,7 +389,7 @@ def encoding_by_size(directory: Path) -> str:
     try:
         size = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["vocabulary_size"]
         return sizes.get(size) or sizes[size - len(CONTROL_TOKENS)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGE:
         raise MissingError(
             f"this model has no {TOKENIZER}, and its vocabulary is none of tiktoken's",
             where=str(directory),

@@ -334,6 +334,7 @@ class LoopbackHub:
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
             "HF_TOKEN": "hf_loopback",
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nope_gpt.artifacts import (
@@ -20,6 +22,7 @@ from nope_gpt.artifacts import (
     publish,
     read_manifest,
     verify,
+    write_array,
     write_file,
     write_json,
     writing,
@@ -189,6 +192,16 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
     assert json.loads(path.read_text(encoding="utf-8")) == {"é": 2}
     assert "é" in path.read_text(encoding="utf-8"), "readable, not escaped"
     assert names(path.parent) == ["value.json"]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int64"])
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_an_array_is_written_as_numpy_writes_it(tmp_path: Path, dtype: str, size: int) -> None:
+    array = np.arange(size, dtype=dtype)
+    write_array(tmp_path / "array.npy", array)
+    expected = io.BytesIO()
+    np.save(expected, array)
+    assert (tmp_path / "array.npy").read_bytes() == expected.getvalue()
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:

@@ -44,8 +44,9 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def write_table(path: Path, rows: list[Any]) -> Path:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+def write_table(path: Path, rows: list[Any], row_group_size: int = 2) -> Path:
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
     return path
 
 
@@ -160,6 +161,22 @@ def test_the_origin_of_every_file_is_known(tmp_path: Path) -> None:
 )
 def test_marks_and_line_ends_of_other_systems_are_taken_off(content: bytes, text: str) -> None:
     assert decoded(content, "here") == text
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_the_size_of_a_source_is_known_before_it_is_read(tmp_path: Path, suffix: str) -> None:
+    texts = [f"{number} " * 500 for number in range(40)]
+    rows = [{"text": text} for text in texts]
+    path = tmp_path / f"table{suffix}"
+    if suffix == ".txt":
+        path.write_text("\n".join(texts))
+    elif suffix == ".jsonl":
+        write_lines(path, rows)
+    else:
+        write_table(path, rows, row_group_size=1000)
+    (source,) = open_sources([str(path)], "text")
+    characters = sum(len(text) for text in source.read() if isinstance(text, str))
+    assert source.size == pytest.approx(characters, rel=0.05)
 
 
 @settings(max_examples=200, deadline=None)

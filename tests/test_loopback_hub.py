@@ -80,6 +80,7 @@ def client_process(
     with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, spawn) as pool:
         for name, value in hub.environment(tmp_path_factory.mktemp("home")).items():
             patch.setenv(name, value)
+        pool.submit(int).result()  # Starts the process while the environment is right.
         yield pool
 
 

@@ -61,7 +61,7 @@ def test_the_readmes_python_runs_as_it_stands_there(source: str, tmp_path: Path)
     with LoopbackHub(tmp_path / "hub") as hub:
         if source == "hub":
             write_models(tmp_path / "hub" / "models")
-            environment = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+            environment = hub.environment(tmp_path / "home")
         else:
             write_models(tmp_path)
             environment = {"HF_HUB_OFFLINE": "1"}
@@ -83,7 +83,7 @@ def test_chat_talks_to_a_model_of_the_hub_and_again_without_it(tmp_path: Path) -
     command += ["--model", f"{OWNER}/NoPE-GPT-400M-Chat"]
     answers = []
     with LoopbackHub(tmp_path / "hub") as hub:
-        environment = os.environ | hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+        environment = os.environ | hub.environment(tmp_path / "home")
         answers.append(chat(command, environment))
         assert any("model.safetensors" in request for request in hub.requests)
     answers.append(chat(command, environment))
@@ -119,7 +119,7 @@ tokens = torch.arange(50).unsqueeze(0)
 print(torch.equal(model(tokens), again(tokens)), again.vocabulary_size)
 """
     with LoopbackHub(tmp_path / "hub") as hub:
-        environment = hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+        environment = hub.environment(tmp_path / "home")
         assert run_python(code, "", environment) == "True 50261\n"
 
 
@@ -128,7 +128,7 @@ def test_a_model_that_is_on_no_hub_is_missing_and_an_absent_hub_is_the_network(
 ) -> None:
     command = [sys.executable, "-m", "nope_gpt.cli", "generate", "hi", "--model", "no/such"]
     with LoopbackHub(tmp_path / "hub") as hub:
-        environment = os.environ | hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+        environment = os.environ | hub.environment(tmp_path / "home")
         missing = subprocess.run(command, capture_output=True, text=True, env=environment)
     absent = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (missing.returncode, absent.returncode) == (3, 5)

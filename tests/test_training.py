@@ -26,7 +26,7 @@ from nope_gpt.hub import newest_checkpoint
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.muon import Muon
 from nope_gpt.training.optimization import schedule as learning_rate_fraction
-from nope_gpt.training.runs import stored_settings
+from nope_gpt.training.runs import stored_record
 
 
 @pytest.fixture
@@ -87,20 +87,23 @@ def test_two_runs_of_one_seed_are_equal_and_zero_is_a_seed(dataset: Path, tmp_pa
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     ]
     assert runs[0].losses == runs[1].losses != runs[2].losses
-    assert stored_settings(tmp_path / "a" / "pretrain")["config"]["seed"] == 0
+    assert stored_record(tmp_path / "a" / "pretrain", "pretrain")["config"]["seed"] == 0
 
 
 def test_without_a_seed_one_is_drawn_recorded_and_reused_on_resume(
     dataset: Path, tmp_path: Path
 ) -> None:
     small_run(dataset, tmp_path / "runs", seed=None, max_steps=3)
-    stored = stored_settings(tmp_path / "runs" / "pretrain")["config"]
+    stored = stored_record(tmp_path / "runs" / "pretrain", "pretrain")["config"]
     assert isinstance(stored["seed"], int)
     from nope_gpt.training.pretraining import pretrain
 
     settings = stored | {"max_steps": 4}
     pretrain(PretrainConfig(**settings), [], resume=True)
-    assert stored_settings(tmp_path / "runs" / "pretrain")["config"]["seed"] == stored["seed"]
+    assert (
+        stored_record(tmp_path / "runs" / "pretrain", "pretrain")["config"]["seed"]
+        == stored["seed"]
+    )
 
 
 def test_training_learns(dataset: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import typer
 from nope_gpt.cli.terminal import fail
 from nope_gpt.config import PRESETS
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.knobs import Knobs, flag_of, kind_of, read_settings, resolve
+from nope_gpt.knobs import Knobs, flag_of, kind_of, known_fields, read_settings, resolve
 
 C = TypeVar("C", bound=Knobs)
 
@@ -91,10 +91,9 @@ def configured(
                 flags = {name: values.pop(name) for name in names}
                 given = {name: value for name, value in flags.items() if value is not None}
                 layers.append(("the command line", given))
-                config = resolve(config_type, layers)
                 if values.get("resume"):
-                    config = resolve(config_type, [stored_layer(config), *layers])
-                body(config, **values)
+                    layers.insert(0, stored_layer(config_type, layers))
+                body(resolve(config_type, layers), **values)
 
         command.__signature__ = inspect.Signature([*own, *knobs])  # type: ignore[attr-defined]
         command.__annotations__ = {item.name: item.annotation for item in [*own, *knobs]}
@@ -119,12 +118,19 @@ def layers_from(
     return layers
 
 
-def stored_layer(config: Any) -> tuple[str, Mapping[str, Any]]:
-    """The settings that the run of this name was begun with."""
-    from nope_gpt.training.runs import run_path, stored_settings
+def stored_layer(
+    config_type: Any, layers: list[tuple[str, Mapping[str, Any]]]
+) -> tuple[str, Mapping[str, Any]]:
+    """The settings that the run which the layers name was begun with."""
+    from nope_gpt.training.runs import run_path, stored_record
 
-    path = run_path(config)
-    return str(path), stored_settings(path).get("config", {})
+    fields: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(config_type)
+    }
+    for where, layer in layers:
+        fields |= known_fields(config_type, layer, where)
+    path = run_path(fields["run_dir_path"], fields["run_name"])
+    return str(path), stored_record(path, config_type.command).get("config", {})
 
 
 def common_parameters(presets: Mapping[str, Any]) -> list[inspect.Parameter]:
@@ -222,4 +228,4 @@ class friendly:  # noqa: N801
             fail(error)
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1)
+            sys.exit(1)

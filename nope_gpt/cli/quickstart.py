@@ -32,6 +32,12 @@ def command(
 
     Runs prepare, pretrain, tune, export and generate in a row and shows each as the line
     you would type. If it was interrupted, the same command goes on where it stopped.
+
+    Examples:
+
+    - `nope quickstart`
+
+    - `nope quickstart --directory ~/first-model --pretrain-steps 2000`
     """
     started = time.perf_counter()
     root = Path(config.directory).expanduser()

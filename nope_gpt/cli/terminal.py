@@ -37,7 +37,7 @@ def result(text: str, value: dict[str, Any], as_json: bool) -> None:
 
 
 def fail(error: NopeError) -> NoReturn:
-    """Print an error in its three parts and exit with its code."""
+    """Print an error in its three parts and exit with its code, quickly and quietly."""
     console = talk()
     console.print("[bold red]error:[/] ", end="")
     console.print(error.what, markup=False)
@@ -45,7 +45,7 @@ def fail(error: NopeError) -> NoReturn:
         console.print(f"  where: {error.where}", markup=False, style="dim")
     if error.hint:
         console.print(f"  next:  {error.hint}", markup=False)
-    raise typer.Exit(error.exit_code)
+    sys.exit(error.exit_code)
 
 
 @contextmanager

@@ -5,23 +5,30 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from rich.color import Color
+from rich.color import Color, ColorSystem
 from rich.console import Console
 from rich.style import Style
 
 from nope_gpt.chat import Piece
 
+COLOR_SYSTEMS = {
+    "standard": ColorSystem.STANDARD,
+    "256": ColorSystem.EIGHT_BIT,
+    "truecolor": ColorSystem.TRUECOLOR,
+    "windows": ColorSystem.WINDOWS,
+}
+
 
 def write_stream(pieces: Iterable[Piece], colorize: bool) -> str:
-    """Print pieces as they come; returns the whole text."""
-    console = Console(highlight=False, soft_wrap=True) if colorize else None
+    """Print pieces as they come, every character as it is; returns the whole text."""
+    console = Console()
+    can_color = colorize and not console.no_color
+    colors = COLOR_SYSTEMS.get(console.color_system or "") if can_color else None
     text = ""
     for piece in pieces:
         text += piece.text
-        if console:
-            console.print(piece.text, style=color_of(piece.probability), end="", markup=False)
-        else:
-            sys.stdout.write(piece.text)
+        style = color_of(piece.probability)
+        sys.stdout.write(style.render(piece.text, color_system=colors) if colors else piece.text)
         sys.stdout.flush()
     return text
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nope_gpt.artifacts import MANIFEST
+from nope_gpt.artifacts import MANIFEST, is_leftover
 from nope_gpt.data.shards import Dataset, EncodedDocument, Tokens, TokenStream, conversations
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.model import IGNORED
@@ -312,7 +312,8 @@ def find_dataset(
     """
     if (root / MANIFEST).is_file():
         return root
-    present = sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}"))
+    manifests = root.glob(f"*/{MANIFEST}")
+    present = sorted(path.parent.name for path in manifests if not is_leftover(path.parent))
     if not name and content == "text":
         subset, encoding = fineweb
         parts = ["fineweb", subset or "sample-10BT", encoding or "r50k_base"]

@@ -178,14 +178,22 @@ def parts(text: str) -> Iterator[str]:
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a .jsonl file with where each stands."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if line.strip():
-                try:
-                    yield where, json.loads(decoded(line, where))
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise NopeError(f"this line is not JSON: {error}", where=where) from None
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                if line.strip():
+                    yield where, parsed(decoded(line, where), where)
+    except OSError as error:
+        raise NopeError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def parsed(line: str, where: str) -> Any:
+    """The value of a line of JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise NopeError(f"this line is not JSON: {error}", where=where) from None
 
 
 def parquet_rows(path: Path, text_column: str) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def prepare(
     """
     sources = open_sources(names, config.text_column)
     tokenizer = tokenization.resolve(config.token_encoding, training_texts(sources))
-    results = []
+    results: list[Prepared] = []
     contents = sorted({source.content for source in sources}, reverse=True)
     targets = {content: target(config, names, tokenizer, content, contents) for content in contents}
     for path in targets.values():
@@ -75,9 +76,14 @@ def prepare(
                 where=str(path),
                 hint="train on it, choose another --name, or add --overwrite to replace it",
             )
-    for content, path in targets.items():
-        chosen = [source for source in sources if source.content == content]
-        results.append(build(chosen, path, tokenizer, config, progress))
+    with ExitStack() as stack:  # All are filled before the first appears.
+        for content, path in targets.items():
+            chosen = [source for source in sources if source.content == content]
+            manifest: dict[str, Any] = {}
+            directory = stack.enter_context(
+                publish(path, manifest=manifest, overwrite=config.overwrite)
+            )
+            results.append(fill(directory, manifest, chosen, path, tokenizer, config, progress))
     return results
 
 
@@ -123,19 +129,34 @@ def contents_of(document: Document) -> list[str]:
     return [message["content"] for message in document]
 
 
-def build(
+def fill(
+    directory: Path,
+    manifest: dict[str, Any],
     sources: list[Source],
     path: Path,
     tokenizer: BaseTokenizer,
     config: PrepareConfig,
     progress: Progress,
 ) -> Prepared:
-    """Write one data set, whole or not at all."""
+    """Write the files and the manifest of one data set, which is to appear at `path`."""
     content = sources[0].content
     encoder = ChatTokenizer(tokenizer.encoding) if content == "chat" else tokenizer
     size = sum(source.size for source in sources)
     result = Prepared(path, content, encoder.name, encoder.vocabulary_size, size)
-    manifest: dict[str, Any] = {
+    for source in sources:
+        for unit in units(source):
+            encoded = encode_unit(unit, encoder, result, progress)
+            write_unit(encoded, source, directory, config.holdout_fraction, result)
+    if not result.documents:
+        raise NopeError(
+            f"there is nothing to train on: {result.refused} documents, none of them usable"
+            if result.refused
+            else "the corpus is empty",
+            where=", ".join(source.name for source in sources),
+            hint="give files that hold text, or conversations with an answer",
+        )
+    tokenizer.save(directory)
+    manifest |= {
         "kind": "dataset",
         "format_version": FORMAT_VERSION,
         "content": content,
@@ -147,23 +168,9 @@ def build(
         "token_dtype": token_dtype(encoder.vocabulary_size).name,
         "holdout": {"rule": HOLDOUT_RULE, "fraction": config.holdout_fraction},
         "sources": [{"name": source.name, "files": source.origin} for source in sources],
+        "refused_documents": result.refused,
         "shards": result.shards,
     }
-    with publish(path, manifest=manifest, overwrite=config.overwrite) as directory:
-        for source in sources:
-            for unit in units(source):
-                encoded = encode_unit(unit, encoder, result, progress)
-                write_unit(encoded, source, directory, config.holdout_fraction, result)
-        if not result.documents:
-            raise NopeError(
-                f"there is nothing to train on: {result.refused} documents, none of them usable"
-                if result.refused
-                else "the corpus is empty",
-                where=", ".join(source.name for source in sources),
-                hint="give files that hold text, or conversations with an answer",
-            )
-        manifest["refused_documents"] = result.refused
-        tokenizer.save(directory)
     return result
 
 
@@ -234,7 +241,8 @@ def encode(document: Document, tokenizer: BaseTokenizer) -> EncodedDocument:
 
 HOLDOUT_RULE = (
     "a document is held out if the first 8 bytes of its sha256, as a fraction of 2^64, are below "
-    "the fraction; a shard of several documents without any such holds out the lowest"
+    "the fraction; a shard of different documents never holds out none or all of them, but at "
+    "least the lowest, and never the highest"
 )
 
 
@@ -247,7 +255,11 @@ def position(document: Document) -> float:
 
 def holdout(positions: list[float], fraction: float) -> set[int]:
     """Which documents of a shard are held out: `HOLDOUT_RULE`."""
-    held = {index for index, value in enumerate(positions) if value < fraction}
-    if not held and fraction > 0 and len(positions) > 1:
-        held = {positions.index(min(positions))}
-    return held
+    lowest, highest = min(positions), max(positions)
+    if fraction == 0 or lowest == highest:
+        return set()
+    return {
+        index
+        for index, value in enumerate(positions)
+        if (value < fraction or value == lowest) and value != highest
+    }

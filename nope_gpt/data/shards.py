@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nope_gpt.artifacts import read_manifest
+from nope_gpt.artifacts import read_manifest, write_array
 from nope_gpt.errors import MissingError, NopeError, UsageError
 
 Tokens = NDArray[np.integer[Any]]
@@ -48,11 +48,11 @@ def write_shard(
     documents = train + holdout
     lengths = [document.tokens.size for document in documents]
     tokens = np.concatenate([document.tokens for document in documents])
-    np.save(directory / f"{name}.tokens.npy", tokens.astype(dtype))
-    np.save(directory / f"{name}.ends.npy", np.cumsum(lengths, dtype=np.int64))
+    write_array(directory / f"{name}.tokens.npy", tokens.astype(dtype))
+    write_array(directory / f"{name}.ends.npy", np.cumsum(lengths, dtype=np.int64))
     masks = [document.mask for document in documents if document.mask is not None]
     if masks:
-        np.save(directory / f"{name}.mask.npy", np.concatenate(masks))
+        write_array(directory / f"{name}.mask.npy", np.concatenate(masks))
     num_train_tokens = sum(lengths[: len(train)])
     return {
         "name": name,

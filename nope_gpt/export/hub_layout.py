@@ -9,7 +9,7 @@ import torch
 from nope_gpt import hub
 from nope_gpt.artifacts import publish
 from nope_gpt.config import ExportConfig
-from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.export.card import model_card
 from nope_gpt.export.legacy import read_checkpoint
 from nope_gpt.model import NoPEGPT
@@ -46,8 +46,6 @@ def open_source(model: str) -> tuple[NoPEGPT, BaseTokenizer, str]:
     if path.is_file():
         saved, tokenizer = read_checkpoint(path)
         name = path.stem
-    elif path.suffix == ".pt":
-        raise MissingError("there is no such file", where=str(path))
     else:
         directory = hub.locate(model)
         saved, tokenizer = hub.load(directory), BaseTokenizer.load(directory)

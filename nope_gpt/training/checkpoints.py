@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nope_gpt.artifacts import FORMAT_VERSION, publish, write_json
+from nope_gpt.artifacts import FORMAT_VERSION, publish, write_json, write_tensors
 from nope_gpt.errors import MissingError, NopeError
 from nope_gpt.hub import checkpoints_in, newest_checkpoint, step_of
 
@@ -65,7 +65,7 @@ def save(
     }
     with publish(path, manifest=manifest, overwrite=True) as temporary:
         write_model(temporary)
-        save_file(optimizer_state, temporary / OPTIMIZER)
+        write_tensors(temporary / OPTIMIZER, optimizer_state)
         write_json(temporary / STATE, asdict(progress))
     for old in sorted(checkpoints_in(directory), key=step_of)[:-keep]:
         shutil.rmtree(old)

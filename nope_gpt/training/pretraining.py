@@ -67,7 +67,7 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool 
             micro_batches_per_step=config.gradient_accumulation_steps,
             seed=config.seed,
         )
-        run = begin(config, "pretrain", facts, resume, ranks)
+        run = begin(config, facts, resume, ranks)
         model = make_model(model_config, config, run).to(device)
 
         def write_model(directory: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nope_gpt import __version__
-from nope_gpt.artifacts import write_json
+from nope_gpt.artifacts import DAMAGE, is_leftover, write_json
 from nope_gpt.config import TrainingConfig
 from nope_gpt.device import Ranks
 from nope_gpt.errors import NopeError, UsageError
@@ -44,11 +44,11 @@ class Run:
         return checkpoints.read_progress(self.resumed_from)
 
 
-def run_path(config: TrainingConfig) -> Path:
+def run_path(root: str, name: str) -> Path:
     """The directory of a run."""
-    if not config.run_name or Path(config.run_name).name != config.run_name:
-        raise UsageError(f"--run-name is {config.run_name!r}, and must be a plain name")
-    return Path(config.run_dir_path).expanduser() / config.run_name
+    if not name or Path(name).name != name:
+        raise UsageError(f"--run-name is {name!r}, and must be a plain name")
+    return Path(root).expanduser() / name
 
 
 def checkpoint_path(config: TrainingConfig) -> Path:
@@ -59,10 +59,11 @@ def checkpoint_path(config: TrainingConfig) -> Path:
     return path.with_suffix("") if path.suffix == ".pt" else path
 
 
-def stored_settings(path: Path) -> dict[str, Any]:
+def stored_record(path: Path, command: str) -> dict[str, Any]:
     """What run.json says, or nothing where there is no run.
 
     Raises:
+        UsageError: It is a run of another command.
         NopeError: The file is damaged.
     """
     file = path / RUN
@@ -70,60 +71,62 @@ def stored_settings(path: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except DAMAGE as error:
         raise NopeError(f"this run's settings cannot be read: {error}", where=str(file)) from None
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise NopeError("this run's settings are damaged", where=str(file))
+    if record.get("command") != command:
+        raise UsageError(
+            f"this is a run of nope {record.get('command')}",
+            where=str(path),
+            hint="choose another --run-name",
+        )
     return record
 
 
-def open_run(config: TrainingConfig, command: str, facts: dict[str, Any], resume: bool) -> Run:
+def open_run(config: TrainingConfig, facts: dict[str, Any], resume: bool) -> Run:
     """Begin a run, or go on with one.
 
     Args:
         config: Resolved, its seed included.
-        command: Which command it is a run of.
         facts: What must not change while the run goes on: model, tokenizer, data.
         resume: Go on from the newest valid checkpoint, if there is one.
 
     Raises:
         UsageError: The run exists and is not to be resumed, or its facts changed.
     """
-    path = run_path(config)
-    stored = stored_settings(path)
+    path = run_path(config.run_dir_path, config.run_name)
+    stored = stored_record(path, config.command)
     if stored and not resume:
         raise UsageError(
             "this run already exists",
             where=str(path),
-            hint=f"go on with it: nope {command} --run-name {config.run_name} --resume; "
+            hint=f"go on with it: nope {config.command} --run-name {config.run_name} --resume; "
             f"or begin another: --run-name {config.run_name}-2",
         )
     if stored:
-        if stored.get("command") != command:
-            raise UsageError(f"this is a run of nope {stored.get('command')}", where=str(path))
         check_facts(stored.get("facts", {}), facts, path)
     record = {
-        "command": command,
+        "command": config.command,
         "version": __version__,
         "checkpoints": str(checkpoint_path(config)),
         "config": config.as_dict(),
         "facts": facts,
     }
-    write_json(path / RUN, record)
     directory = path / checkpoint_path(config)
-    for leftover in directory.glob("step-*.tmp-*"):
+    newest = checkpoints.newest(directory) if stored else None
+    for leftover in filter(is_leftover, directory.glob("step-*")):
         shutil.rmtree(leftover, ignore_errors=True)
-    return Run(path, directory, checkpoints.newest(directory) if stored else None)
+    write_json(path / RUN, record)
+    return Run(path, directory, newest)
 
 
-def begin(
-    config: TrainingConfig, command: str, facts: dict[str, Any], resume: bool, ranks: Ranks
-) -> Run:
+def begin(config: TrainingConfig, facts: dict[str, Any], resume: bool, ranks: Ranks) -> Run:
     """Open the run on the first rank, which alone writes, and tell the others."""
     outcome: Run | NopeError | None = None
     if ranks.is_first:
         try:
-            outcome = open_run(config, command, facts, resume)
+            outcome = open_run(config, facts, resume)
         except NopeError as error:
             outcome = error
     outcome = distribution.shared(outcome)

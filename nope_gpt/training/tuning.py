@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nope_gpt import hub, lora
-from nope_gpt.artifacts import describe
+from nope_gpt.artifacts import describe, write_tensors
 from nope_gpt.config import TuneConfig
 from nope_gpt.data.batches import ChatBatches, find_dataset
 from nope_gpt.data.shards import Dataset
@@ -20,7 +19,7 @@ from nope_gpt.tokenization import ChatTokenizer
 from nope_gpt.training import checkpoints, distribution
 from nope_gpt.training.loop import Job, Trainer
 from nope_gpt.training.reporting import Listener
-from nope_gpt.training.runs import Run, begin, tell_plan
+from nope_gpt.training.runs import begin, tell_plan
 
 
 def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False) -> Path:
@@ -74,13 +73,17 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False)
             micro_batches_per_step=config.gradient_accumulation_steps,
             seed=config.seed,
         )
-        run = begin(config, "tune", facts, resume, ranks)
-        model = make_model(base, tokenizer, config, run).to(device)
+        model = make_model(base, tokenizer, config)
+        run = begin(config, facts, resume, ranks)
+        if run.resumed_from:
+            tensors = checkpoints.read_tensors(run.resumed_from / checkpoints.ADAPTER)
+            model.load_state_dict(tensors, strict=False)
+        model.to(device)
 
         def write_model(directory: Path) -> None:
             hub.save(directory, model.saved(lora.merged_state(model)))
             tokenizer.save(directory)
-            save_file(trained_tensors(model), directory / checkpoints.ADAPTER)
+            write_tensors(directory / checkpoints.ADAPTER, trained_tensors(model))
 
         num_steps = config.num_epochs * batches.steps_per_epoch
         job = Job(
@@ -116,8 +119,8 @@ def refuse_other_tokenizer(tokenizer: ChatTokenizer, dataset: Dataset, base: Pat
         )
 
 
-def make_model(base: Path, tokenizer: ChatTokenizer, config: TuneConfig, run: Run) -> NoPEGPT:
-    """The base model with room for the control tokens and with adapters, fresh or resumed."""
+def make_model(base: Path, tokenizer: ChatTokenizer, config: TuneConfig) -> NoPEGPT:
+    """The base model with room for the control tokens and with fresh adapters."""
     assert config.seed is not None
     torch.manual_seed(config.seed)
     model = NoPEGPT.from_saved(hub.load(base))
@@ -131,9 +134,6 @@ def make_model(base: Path, tokenizer: ChatTokenizer, config: TuneConfig, run: Ru
         )
     lora.attach(model, rank=config.rank, alpha=config.alpha)
     model.unfreeze_token_embeddings()
-    if run.resumed_from:
-        tensors = checkpoints.read_tensors(run.resumed_from / checkpoints.ADAPTER)
-        model.load_state_dict(tensors, strict=False)
     if config.activation_checkpointing:
         model.decoder.enable_activation_checkpointing()
     return model
