@@ -477,10 +477,10 @@ class QuickstartConfig(Knobs):
 
     directory: str = knob("./quickstart", "Where everything goes.", panel=RUN)
     pretrain_steps: int = knob(
-        800, "Updates of the base model's weights.", panel=OPTIMIZATION, minimum=1
+        700, "Updates of the base model's weights.", panel=OPTIMIZATION, minimum=1
     )
     tune_steps: int = knob(
-        300, "Updates of the assistant's adapters.", panel=OPTIMIZATION, minimum=1
+        250, "Updates of the assistant's adapters.", panel=OPTIMIZATION, minimum=1
     )
     seed: int = knob(0, "Seed of every random choice.", panel=RUN, minimum=0, maximum=(1 << 63) - 1)
 

@@ -102,7 +102,7 @@ class BaseTokenizer:
                 f"the corpus has variety for {len(ranks) + 1} tokens, not for {vocabulary_size}",
                 hint=f"use --token-encoding bpe:{len(ranks) + 1}, or bytes, or a larger corpus",
             )
-        return cls(encoding_of(f"bpe-{vocabulary_size}", ranks))
+        return cls(encoding_of(bpe_name(vocabulary_size), ranks))
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> Self:
@@ -145,7 +145,13 @@ class BaseTokenizer:
                 f"no {RANKS} with its ranks",
                 where=str(path),
             )
-        return cls(encoding_of(str(name), read_ranks(directory / RANKS)))
+        ranks = read_ranks(directory / RANKS)
+        if name != bpe_name(len(ranks) + 1):
+            raise NopeError(
+                f"the tokenizer is {str(name)[:80]!r}, and {RANKS} has {len(ranks)} ranks",
+                where=str(path),
+            )
+        return cls(encoding_of(name, ranks))
 
     def save(self, directory: Path) -> None:
         """Write the files that travel with an artefact."""
@@ -349,6 +355,11 @@ def resolve(spec: str, texts: Iterable[str]) -> BaseTokenizer:
         has_own = (path / TOKENIZER).is_file()
         return BaseTokenizer.load(path) if has_own else BaseTokenizer.from_pretrained(path)
     return BaseTokenizer.from_tiktoken(spec)
+
+
+def bpe_name(vocabulary_size: int) -> str:
+    """What a byte-pair tokenizer of one's own is called."""
+    return f"bpe-{vocabulary_size}"
 
 
 def split_pattern() -> str:

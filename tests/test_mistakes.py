@@ -136,6 +136,11 @@ error: there is no such file or directory
   where: none.txt
   next:  give text, .jsonl or .parquet files, directories of them, `-` for standard input, or `py…
 
+$ nope prepare :smile:[red].txt  [3]
+error: there is no such file or directory
+  where: :smile:[red].txt
+  next:  give text, .jsonl or .parquet files, …
+
 $ nope prepare plain  [3]
 error: no .txt, .md, .jsonl, .parquet file is in this directory
   where: plain

@@ -292,6 +292,14 @@ def trained(document: EncodedDocument) -> bool:
     return document.mask is not None and bool(document.mask[1:].any())
 
 
+def holds(path: Path, content: str) -> bool:
+    """Whether a directory is a whole data set of this content."""
+    try:
+        return Dataset.open(path).content == content
+    except NopeError:
+        return False
+
+
 def find_dataset(
     root: Path,
     name: str | None,
@@ -329,7 +337,7 @@ def find_dataset(
                 hint="nope prepare FILE, or choose one with --dataset",
             )
         return root / name
-    fitting = [name for name in present if Dataset.open(root / name).content == content]
+    fitting = [name for name in present if holds(root / name, content)]
     if not fitting:
         held = {"text": "text", "chat": "conversations"}[content]
         raise MissingError(

@@ -126,7 +126,11 @@ def text_source(name: str, files: list[Path]) -> Source:
 
     def read() -> Iterator[Document]:
         for file in files:
-            yield from parts(decoded(file.read_bytes(), str(file)))
+            try:
+                content = file.read_bytes()
+            except OSError as error:
+                raise NopeError(f"cannot be read: {error.strerror}", where=str(file)) from None
+            yield from parts(decoded(content, str(file)))
 
     origin = [origin_of(file) for file in files]
     return Source(name, "text", read, origin, sum(entry["size"] for entry in origin))

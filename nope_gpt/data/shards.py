@@ -89,7 +89,7 @@ class Shard:
     def load(self, part: str) -> NDArray[Any]:
         path = self.directory / f"{self.name}.{part}.npy"
         try:
-            array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError) as error:
             raise NopeError(f"this shard cannot be read: {error}", where=str(path)) from None
         if array.ndim != 1:
@@ -130,7 +130,11 @@ class Dataset:
         Raises:
             NopeError: It is missing, damaged or something else.
         """
-        return cls(path, read_manifest(path, "dataset"))
+        manifest = read_manifest(path, "dataset")
+        missing = [key for key in ("content", "tokenizer", "shards") if key not in manifest]
+        if missing:
+            raise NopeError(f"the manifest has no {missing[0]!r}", where=str(path))
+        return cls(path, manifest)
 
     @property
     def content(self) -> str:

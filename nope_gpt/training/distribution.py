@@ -32,11 +32,11 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def share_of(micro_batches: int, ranks: Ranks) -> int:
-    """How many micro-batches of a step each rank computes.
+def refuse_uneven(micro_batches: int, ranks: Ranks) -> None:
+    """Refuse a step whose micro-batches the ranks cannot share evenly.
 
     Raises:
-        UsageError: They cannot be shared out evenly; gives the nearest numbers that can.
+        UsageError: Gives the nearest numbers that they can.
     """
     if micro_batches % ranks.world_size:
         below = micro_batches // ranks.world_size * ranks.world_size
@@ -46,7 +46,6 @@ def share_of(micro_batches: int, ranks: Ranks) -> int:
             f"cannot share evenly",
             hint=f"--gradient-accumulation-steps {' or '.join(near)}",
         )
-    return micro_batches // ranks.world_size
 
 
 def distribute(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,13 +11,12 @@ from nope_gpt import hub
 from nope_gpt.config import ModelConfig, ModelShape, PretrainConfig
 from nope_gpt.data.batches import TextBatches, find_dataset
 from nope_gpt.data.shards import Dataset
-from nope_gpt.device import Ranks, draw_seed, resolve_device, resolve_precision
+from nope_gpt.device import resolve_precision
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer
-from nope_gpt.training import distribution
 from nope_gpt.training.loop import Job, Trainer
 from nope_gpt.training.reporting import Listener
-from nope_gpt.training.runs import Run, begin, tell_plan
+from nope_gpt.training.runs import Run, begin, launched, tell_plan
 
 
 def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool = False) -> Path:
@@ -35,30 +34,14 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool 
         NopeError: The data, the settings or the machine do not allow it.
         Interrupted: A signal ended the run, after a checkpoint.
     """
-    ranks = Ranks.from_environment()
-    device = resolve_device(config.device, ranks)
-    passes = distribution.share_of(config.gradient_accumulation_steps, ranks)
-    path = find_dataset(
-        Path(config.dataset_path).expanduser(),
-        config.dataset,
-        (config.dataset_subset, config.token_encoding),
-    )
-    dataset = Dataset.open(path).require("text")
-    tokenizer = BaseTokenizer.load(path)
-    model_config = ModelConfig(
-        **{field.name: getattr(config, field.name) for field in dataclasses.fields(ModelShape)},
-        vocabulary_size=tokenizer.vocabulary_size,
-    )
-    facts = {
-        "model": model_config.as_dict(),
-        "tokenizer": dataset.tokenizer,
-        "data set": dataset.fingerprint,
-        "tokens per sample": config.tokens_per_sample,
-        "samples per step": config.batch_size * config.gradient_accumulation_steps,
-    }
-    with distribution.process_group(ranks, device):
-        if config.seed is None:
-            config = config.changed(seed=distribution.shared(draw_seed()))
+    with launched(config) as (config, ranks, device):
+        path = find_dataset(
+            Path(config.dataset_path).expanduser(),
+            config.dataset,
+            (config.dataset_subset, config.token_encoding),
+        )
+        dataset = Dataset.open(path).require("text")
+        tokenizer = BaseTokenizer.load(path)
         assert config.seed is not None
         batches = TextBatches(
             dataset,
@@ -67,6 +50,15 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool 
             micro_batches_per_step=config.gradient_accumulation_steps,
             seed=config.seed,
         )
+        shape = {field.name: getattr(config, field.name) for field in fields(ModelShape)}
+        model_config = ModelConfig(**shape, vocabulary_size=tokenizer.vocabulary_size)
+        facts = {
+            "model": model_config.as_dict(),
+            "tokenizer": dataset.tokenizer,
+            "data set": dataset.fingerprint,
+            "tokens per sample": config.tokens_per_sample,
+            "samples per step": batches.samples_per_step,
+        }
         run = begin(config, facts, resume, ranks)
         model = make_model(model_config, config, run).to(device)
 
@@ -84,11 +76,10 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool 
             seed=config.seed,
             write_model=write_model,
         )
-        passes_over_data = config.max_steps / batches.steps_per_epoch
+        passes = config.max_steps / batches.steps_per_epoch
         told = {
-            "data": f"{path} ({len(batches.train):,} tokens, {passes_over_data:.1f} passes)",
-            "step": f"{batches.samples_per_step} samples of {config.tokens_per_sample} tokens in "
-            f"{passes} passes of {config.batch_size} on {ranks.world_size} rank(s)",
+            "data": f"{path} ({len(batches.train):,} tokens, {passes:.1f} passes)",
+            "step": f"{batches.samples_per_step} samples of {config.tokens_per_sample} tokens",
         }
         with tell_plan(job, config, run, ranks, listeners, told) as hearing:
             Trainer(job, config, run, ranks, hearing).train()

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from nope_gpt import __version__
 from nope_gpt.artifacts import DAMAGE, is_leftover, write_json
 from nope_gpt.config import TrainingConfig
-from nope_gpt.device import Ranks
+from nope_gpt.device import Ranks, draw_seed, resolve_device
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.hub import RUN
 from nope_gpt.training import checkpoints, distribution
@@ -21,6 +23,8 @@ from nope_gpt.training.reporting import Listener, Plan, RunLog
 
 if TYPE_CHECKING:
     from nope_gpt.training.loop import Job
+
+C = TypeVar("C", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,24 @@ def open_run(config: TrainingConfig, facts: dict[str, Any], resume: bool) -> Run
         shutil.rmtree(leftover, ignore_errors=True)
     write_json(path / RUN, record)
     return Run(path, directory, newest)
+
+
+@contextmanager
+def launched(config: C) -> Iterator[tuple[C, Ranks, torch.device]]:
+    """Join the other ranks, if torchrun started any, and settle the seed for all of them.
+
+    Gives the config with its seed, this rank, and its device.
+
+    Raises:
+        UsageError: There is no such device, or the ranks cannot share a step evenly.
+    """
+    ranks = Ranks.from_environment()
+    device = resolve_device(config.device, ranks)
+    distribution.refuse_uneven(config.gradient_accumulation_steps, ranks)
+    with distribution.process_group(ranks, device):
+        if config.seed is None:
+            config = config.changed(seed=distribution.shared(draw_seed()))
+        yield config, ranks, device
 
 
 def begin(config: TrainingConfig, facts: dict[str, Any], resume: bool, ranks: Ranks) -> Run:

@@ -12,14 +12,14 @@ from nope_gpt.artifacts import describe, write_tensors
 from nope_gpt.config import TuneConfig
 from nope_gpt.data.batches import ChatBatches, find_dataset
 from nope_gpt.data.shards import Dataset
-from nope_gpt.device import Ranks, draw_seed, resolve_device, resolve_precision
+from nope_gpt.device import resolve_precision
 from nope_gpt.errors import UsageError
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import ChatTokenizer
-from nope_gpt.training import checkpoints, distribution
+from nope_gpt.training import checkpoints
 from nope_gpt.training.loop import Job, Trainer
 from nope_gpt.training.reporting import Listener
-from nope_gpt.training.runs import begin, tell_plan
+from nope_gpt.training.runs import begin, launched, tell_plan
 
 
 def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False) -> Path:
@@ -39,63 +39,33 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False)
         NopeError: The model, the data, the settings or the machine do not allow it.
         Interrupted: A signal ended the run, after a checkpoint.
     """
-    if config.model is None:
+    named = config.model
+    if named is None:
         raise UsageError(
             "there is no base model to tune",
             hint="nope tune --model runs/pretrain, or --model andrewdalpino/NoPE-GPT-400M-Base",
         )
-    ranks = Ranks.from_environment()
-    device = resolve_device(config.device, ranks)
-    distribution.share_of(config.gradient_accumulation_steps, ranks)
-    path = find_dataset(Path(config.dataset_path).expanduser(), config.dataset, content="chat")
-    dataset = Dataset.open(path).require("chat")
-    base = hub.locate(config.model)
-    tokenizer = ChatTokenizer.load(base)
-    refuse_other_tokenizer(tokenizer, dataset, base)
-    facts = {
-        "base model": describe(base / hub.WEIGHTS),
-        "tokenizer": dataset.tokenizer,
-        "data set": dataset.fingerprint,
-        "adapter": {"rank": config.rank, "alpha": config.alpha},
-        "samples per step": config.batch_size * config.gradient_accumulation_steps,
-    }
-    with distribution.process_group(ranks, device):
-        if config.seed is None:
-            config = config.changed(seed=distribution.shared(draw_seed()))
-        assert config.seed is not None
-        batches = ChatBatches(
-            dataset,
-            subsets=config.dataset_subset,
-            max_tokens_per_sample=config.max_tokens_per_sample,
-            filter_long_samples=config.filter_long_samples,
-            message_start=tokenizer.im_start_index,
-            batch_size=config.batch_size,
-            micro_batches_per_step=config.gradient_accumulation_steps,
-            seed=config.seed,
-        )
+    with launched(config) as (config, ranks, device):
+        base = hub.locate(named)
+        tokenizer = ChatTokenizer.load(base)
+        path = find_dataset(Path(config.dataset_path).expanduser(), config.dataset, content="chat")
+        dataset = Dataset.open(path).require("chat")
+        refuse_other_tokenizer(tokenizer, dataset, base)
+        batches = make_batches(dataset, tokenizer, config)
+        facts = {
+            "base model": describe(base / hub.WEIGHTS),
+            "tokenizer": dataset.tokenizer,
+            "data set": dataset.fingerprint,
+            "adapter": {"rank": config.rank, "alpha": config.alpha},
+            "samples per step": batches.samples_per_step,
+        }
         model = make_model(base, tokenizer, config)
         run = begin(config, facts, resume, ranks)
         if run.resumed_from:
             tensors = checkpoints.read_tensors(run.resumed_from / checkpoints.ADAPTER)
             model.load_state_dict(tensors, strict=False)
         model.to(device)
-
-        def write_model(directory: Path) -> None:
-            hub.save(directory, model.saved(lora.merged_state(model)))
-            tokenizer.save(directory)
-            write_tensors(directory / checkpoints.ADAPTER, trained_tensors(model))
-
-        num_steps = config.num_epochs * batches.steps_per_epoch
-        job = Job(
-            model=model,
-            batches=batches,
-            num_steps=min(num_steps, config.max_steps or num_steps),
-            eval_interval=config.eval_interval * batches.steps_per_epoch,
-            checkpoint_interval=config.checkpoint_interval * batches.steps_per_epoch,
-            precision=resolve_precision(config.precision, device),
-            seed=config.seed,
-            write_model=write_model,
-        )
+        job = make_job(model, tokenizer, batches, config)
         told = {
             "base": str(base),
             "data": f"{path} ({batches.num_samples:,} conversations, {batches.num_cut:,} cut, "
@@ -119,6 +89,21 @@ def refuse_other_tokenizer(tokenizer: ChatTokenizer, dataset: Dataset, base: Pat
         )
 
 
+def make_batches(dataset: Dataset, tokenizer: ChatTokenizer, config: TuneConfig) -> ChatBatches:
+    """The conversations in the order of the run's seed."""
+    assert config.seed is not None
+    return ChatBatches(
+        dataset,
+        subsets=config.dataset_subset,
+        max_tokens_per_sample=config.max_tokens_per_sample,
+        filter_long_samples=config.filter_long_samples,
+        message_start=tokenizer.im_start_index,
+        batch_size=config.batch_size,
+        micro_batches_per_step=config.gradient_accumulation_steps,
+        seed=config.seed,
+    )
+
+
 def make_model(base: Path, tokenizer: ChatTokenizer, config: TuneConfig) -> NoPEGPT:
     """The base model with room for the control tokens and with fresh adapters."""
     assert config.seed is not None
@@ -137,6 +122,30 @@ def make_model(base: Path, tokenizer: ChatTokenizer, config: TuneConfig) -> NoPE
     if config.activation_checkpointing:
         model.decoder.enable_activation_checkpointing()
     return model
+
+
+def make_job(
+    model: NoPEGPT, tokenizer: ChatTokenizer, batches: ChatBatches, config: TuneConfig
+) -> Job:
+    """What the loop is to do; intervals are in passes over the data."""
+    assert config.seed is not None
+
+    def write_model(directory: Path) -> None:
+        hub.save(directory, model.saved(lora.merged_state(model)))
+        tokenizer.save(directory)
+        write_tensors(directory / checkpoints.ADAPTER, trained_tensors(model))
+
+    num_steps = config.num_epochs * batches.steps_per_epoch
+    return Job(
+        model=model,
+        batches=batches,
+        num_steps=min(num_steps, config.max_steps or num_steps),
+        eval_interval=config.eval_interval * batches.steps_per_epoch,
+        checkpoint_interval=config.checkpoint_interval * batches.steps_per_epoch,
+        precision=resolve_precision(config.precision, model.device),
+        seed=config.seed,
+        write_model=write_model,
+    )
 
 
 def trained_tensors(model: NoPEGPT) -> dict[str, Tensor]:
