@@ -118,7 +118,8 @@ def publish(
     """Give a directory to fill, then put it in its place whole.
 
     Every file is flushed to the disk before the rename, and the parent after it, so
-    that a loss of power leaves either the old state or the new one.
+    that a loss of power leaves no half of one. Replacing is two renames: the old directory
+    is set aside as NAME.old-PID before the new one takes its place.
 
     Args:
         path: The directory to make.
@@ -127,7 +128,7 @@ def publish(
         overwrite: Replace a directory that is already there.
 
     Raises:
-        UsageError: The directory exists and may not be replaced.
+        UsageError: The directory exists and may not be replaced, or holds something else.
         CapacityError: The disk is full.
         NopeError: The place cannot be written.
     """
@@ -137,9 +138,17 @@ def publish(
             where=str(path),
             hint="choose another name, or add --overwrite to replace it",
         )
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    if path.is_dir() and not path.is_symlink() and not is_artifact(path):
+        raise UsageError(
+            "this directory holds something else, and is not replaced",
+            where=str(path),
+            hint="choose another place",
+        )
+    place = path.absolute()  # `.` has no name of its own.
+    temporary = place.with_name(f"{place.name}.tmp-{os.getpid()}")
     with writing(path):
         try:
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
             files = sorted(file for file in temporary.iterdir())
@@ -151,10 +160,10 @@ def publish(
             for file in files:
                 sync(file)
             sync(temporary)
-            replace_directory(temporary, path)
+            replace_directory(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        sync(path.parent)
+        sync(place.parent)
 
 
 def replace_directory(new: Path, path: Path) -> None:
@@ -169,6 +178,12 @@ def replace_directory(new: Path, path: Path) -> None:
         old.unlink()
     else:
         shutil.rmtree(old)
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a directory is empty, or one that this program writes whole."""
+    names = {file.name for file in path.iterdir()}
+    return not names or MANIFEST in names or {"config.json", "model.safetensors"} <= names
 
 
 def is_leftover(path: Path) -> bool:

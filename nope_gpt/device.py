@@ -59,7 +59,7 @@ def resolve_device(name: str, ranks: Ranks | None = None) -> torch.device:
         if device.index is None:
             device = torch.device("cuda", ranks.local_rank if ranks else 0)
         count = torch.cuda.device_count()
-        if device.index is not None and device.index >= count:
+        if device.index >= count:
             raise UsageError(f"--device is {device}, and this machine has {count} GPUs")
     elif device.type == "mps" and not mps_works():
         raise UsageError("--device is mps, and no Apple GPU can be used", hint="use --device cpu")

@@ -80,13 +80,13 @@ class SavedModel:
     trained_context_length: int | None
 
 
-def locate(model: str | Path, *, local_only: bool = False, **options: Any) -> Path:
+def locate(model: str | Path, **options: Any) -> Path:
     """Find the directory of a model, downloading it if it is on the Hub.
 
     Args:
         model: A run directory (its newest valid checkpoint), a checkpoint or export
-            directory, or the id of a model on the Hub.
-        local_only: Never ask the Hub.
+            directory, or the id of a model on the Hub. A name that ends in .pt, as in the
+            old scripts, is also the directory of that name without the suffix.
         options: What `huggingface_hub.snapshot_download` takes: revision, token, cache_dir.
 
     Raises:
@@ -104,9 +104,11 @@ def locate(model: str | Path, *, local_only: bool = False, **options: Any) -> Pa
             hint=f"for a checkpoint of the old scripts: "
             f"nope export --model {path} --format hub --output exports/{path.stem}",
         )
+    if path.suffix == ".pt" and path.with_suffix("").is_dir():
+        return model_in(path.with_suffix(""))
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
         raise MissingError("there is no such file", where=str(path))
-    if local_only or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise MissingError(
             "there is no such model",
             where=str(path),
@@ -344,6 +346,9 @@ def check_shapes(config: ModelConfig, state: dict[str, Tensor], where: str) -> N
             )
         if not state[name].is_floating_point():
             raise NopeError(f"{name} holds {state[name].dtype}, not weights", where=where)
+    extra = sorted(state.keys() - published_names(config.num_decoder_layers).keys())
+    if extra:
+        raise NopeError(f"{CONFIG} has no place for {extra[0]}", where=where)
 
 
 def save(path: Path, model: SavedModel) -> None:

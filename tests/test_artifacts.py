@@ -278,3 +278,17 @@ def test_a_manifest_reads_nothing_outside_its_directory(tmp_path: Path, name: st
     edit(lambda manifest: manifest["files"].update({name: {"size": 5, "sha256": ""}}))(path)
     with pytest.raises(NopeError, match="is missing"):
         read_manifest(path, "dataset")
+
+
+def test_a_directory_of_something_else_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="this directory holds something else"):
+        made(tmp_path / "project", overwrite=True)
+    assert (tmp_path / "project" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_an_earlier_process_of_this_number_left_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / f"data.tmp-{os.getpid()}").mkdir()
+    made(tmp_path / "data")
+    assert names(tmp_path) == ["data"]

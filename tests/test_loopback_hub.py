@@ -62,7 +62,7 @@ def resume_download(url: str, partial: Path) -> None:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
-    root = tmp_path_factory.mktemp("hub")
+    root = tmp_path_factory.mktemp("hub") / "served"
     write_tree(
         root / "models/ada/tiny",
         {"config.json": CONFIG, "model.safetensors": WEIGHTS, "tokenizer/merges.txt": b"a b\n"},

@@ -24,6 +24,7 @@ from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.hub import newest_checkpoint
 from nope_gpt.model import NoPEGPT
+from nope_gpt.training.checkpoints import prune
 from nope_gpt.training.muon import Muon
 from nope_gpt.training.optimization import schedule as learning_rate_fraction
 from nope_gpt.training.runs import stored_record
@@ -219,6 +220,8 @@ def test_a_run_that_exists_is_never_overwritten(dataset: Path, tmp_path: Path) -
         ({"embedding_dimensions": 64}, "the model changed"),
         ({"tokens_per_sample": 8}, "the tokens per sample changed"),
         ({"batch_size": 8}, "the samples per step changed"),
+        ({"optimizer": "muon"}, "the optimizer changed"),
+        ({"seed": 1}, "the seed changed"),
     ],
 )
 def test_resuming_another_network_is_refused(
@@ -250,6 +253,21 @@ def test_checkpoint_path_of_the_old_scripts_means_a_directory(
     small_run(dataset, tmp_path / "runs", max_steps=1, checkpoint_path=str(path))
     assert (tmp_path / "checkpoints" / "checkpoint" / "step-1" / "model.safetensors").is_file()
     assert NoPEGPT.from_pretrained(tmp_path / "runs" / "pretrain").vocabulary_size == 257
+
+
+def test_two_runs_never_share_their_checkpoints(dataset: Path, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints"
+    small_run(dataset, tmp_path / "a", max_steps=1, checkpoint_path=str(path))
+    with pytest.raises(UsageError, match="there are checkpoints of another run here"):
+        small_run(dataset, tmp_path / "b", max_steps=1, checkpoint_path=str(path))
+    assert [checkpoint.name for checkpoint in path.iterdir()] == ["step-1"]
+
+
+def test_pruning_never_removes_the_checkpoint_just_written(tmp_path: Path) -> None:
+    for step in (100, 150, 200, 300):
+        (tmp_path / f"step-{step}").mkdir()
+    prune(tmp_path, 150, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-100", "step-150"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

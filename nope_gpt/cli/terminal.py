@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ QUIET_SECONDS = 10.0
 
 def talk() -> Console:
     """The console on stderr, for everything that is not a result."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -32,8 +33,9 @@ def say(text: str, style: str | None = None) -> None:
 
 
 def result(text: str, value: dict[str, Any], as_json: bool) -> None:
-    """Print a result on stdout, as text or as one JSON object."""
-    typer.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
+    """Print a result on stdout, as text or as one JSON object; of several ranks the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
 
 
 def fail(error: NopeError) -> NoReturn:

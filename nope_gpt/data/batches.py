@@ -292,14 +292,6 @@ def trained(document: EncodedDocument) -> bool:
     return document.mask is not None and bool(document.mask[1:].any())
 
 
-def holds(path: Path, content: str) -> bool:
-    """Whether a directory is a whole data set of this content."""
-    try:
-        return Dataset.open(path).content == content
-    except NopeError:
-        return False
-
-
 def find_dataset(
     root: Path,
     name: str | None,
@@ -319,6 +311,12 @@ def find_dataset(
         UsageError: There are several and none was named.
     """
     if (root / MANIFEST).is_file():
+        if name and name != root.name:
+            raise UsageError(
+                f"--dataset is {name!r}, and --dataset-path is another data set",
+                where=str(root),
+                hint="give the root of the data sets, or leave --dataset out",
+            )
         return root
     manifests = root.glob(f"*/{MANIFEST}")
     present = sorted(path.parent.name for path in manifests if not is_leftover(path.parent))
@@ -337,7 +335,7 @@ def find_dataset(
                 hint="nope prepare FILE, or choose one with --dataset",
             )
         return root / name
-    fitting = [name for name in present if holds(root / name, content)]
+    fitting = [name for name in present if Dataset.open(root / name).content == content]
     if not fitting:
         held = {"text": "text", "chat": "conversations"}[content]
         raise MissingError(

@@ -31,7 +31,7 @@ A NoPE GPT {kind}: a decoder-only transformer without positional embeddings.
 ## Use it
 
 ```sh
-pip install nope-gpt
+pip install "nope-gpt>=0.2"
 nope {command} --model {name}
 ```
 

@@ -45,7 +45,7 @@ def save(
     optimizer_state: dict[str, Tensor],
     keep: int,
 ) -> Path:
-    """Write a checkpoint whole, then remove the oldest beyond `keep`.
+    """Write a checkpoint whole, then prune the others.
 
     Args:
         directory: Of the checkpoints.
@@ -67,9 +67,19 @@ def save(
         write_model(temporary)
         write_tensors(temporary / OPTIMIZER, optimizer_state)
         write_json(temporary / STATE, asdict(progress))
-    for old in sorted(checkpoints_in(directory), key=step_of)[:-keep]:
-        shutil.rmtree(old)
+    prune(directory, progress.step, keep)
     return path
+
+
+def prune(directory: Path, step: int, keep: int) -> None:
+    """Remove all but the newest checkpoints up to a step, and those of an abandoned future.
+
+    What lies beyond the step is damaged, or the run would have gone on from there.
+    """
+    found = sorted(checkpoints_in(directory), key=step_of)
+    past = [path for path in found if step_of(path) <= step]
+    for path in (*past[:-keep], *found[len(past) :]):
+        shutil.rmtree(path)
 
 
 def newest(directory: Path) -> Path | None:
@@ -125,6 +135,14 @@ def load_optimizer_state(
         for group in optimizer.param_groups
         for weight in group["params"]
     }
+    # A fused optimizer counts its steps where its weights are, any other on the CPU.
+    fused = {
+        weight
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        if group.get("fused")
+    }
     state: dict[Tensor, dict[str, Tensor]] = {weight: {} for weight in owners}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition("/")
@@ -134,7 +152,8 @@ def load_optimizer_state(
                 hint="resume with the settings the run was started with",
             )
         weight = weights[parameter]
-        state[weight][key] = tensor.to(weight.device) if tensor.dim() else tensor
+        on_device = tensor.dim() > 0 or weight in fused
+        state[weight][key] = tensor.to(weight.device) if on_device else tensor
     if any(not values for values in state.values()):
         raise NopeError("the optimizer's state is of another optimizer or incomplete")
     for tensor, values in state.items():

@@ -58,6 +58,8 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool 
             "data set": dataset.fingerprint,
             "tokens per sample": config.tokens_per_sample,
             "samples per step": batches.samples_per_step,
+            "optimizer": config.optimizer,
+            "seed": config.seed,
         }
         run = begin(config, facts, resume, ranks)
         model = make_model(model_config, config, run).to(device)

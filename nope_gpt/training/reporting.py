@@ -77,9 +77,6 @@ class Listener:
     def saved(self, checkpoint: Path) -> None:
         """A checkpoint was written."""
 
-    def noted(self, text: str) -> None:
-        """Something is worth saying."""
-
     def ended(self) -> None:
         """The run is over, for whatever reason."""
 

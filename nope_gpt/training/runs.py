@@ -17,7 +17,7 @@ from nope_gpt.artifacts import DAMAGE, is_leftover, write_json
 from nope_gpt.config import TrainingConfig
 from nope_gpt.device import Ranks, draw_seed, resolve_device
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.hub import RUN
+from nope_gpt.hub import RUN, checkpoints_in
 from nope_gpt.training import checkpoints, distribution
 from nope_gpt.training.reporting import Listener, Plan, RunLog
 
@@ -53,6 +53,13 @@ def run_path(root: str, name: str) -> Path:
     if not name or Path(name).name != name:
         raise UsageError(f"--run-name is {name!r}, and must be a plain name")
     return Path(root).expanduser() / name
+
+
+def name_of(config: TrainingConfig) -> str:
+    """The flags that name a run."""
+    root = config.run_dir_path
+    elsewhere = "" if root == TrainingConfig.run_dir_path else f"--run-dir-path {root} "
+    return f"{elsewhere}--run-name {config.run_name}"
 
 
 def checkpoint_path(config: TrainingConfig) -> Path:
@@ -105,7 +112,7 @@ def open_run(config: TrainingConfig, facts: dict[str, Any], resume: bool) -> Run
         raise UsageError(
             "this run already exists",
             where=str(path),
-            hint=f"go on with it: nope {config.command} --run-name {config.run_name} --resume; "
+            hint=f"go on with it: nope {config.command} {name_of(config)} --resume; "
             f"or begin another: --run-name {config.run_name}-2",
         )
     if stored:
@@ -119,6 +126,12 @@ def open_run(config: TrainingConfig, facts: dict[str, Any], resume: bool) -> Run
     }
     directory = path / checkpoint_path(config)
     newest = checkpoints.newest(directory) if stored else None
+    if not stored and checkpoints_in(directory):
+        raise UsageError(
+            "there are checkpoints of another run here",
+            where=str(directory),
+            hint="choose another --checkpoint-path",
+        )
     for leftover in filter(is_leftover, directory.glob("step-*")):
         shutil.rmtree(leftover, ignore_errors=True)
     write_json(path / RUN, record)

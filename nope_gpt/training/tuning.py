@@ -58,6 +58,10 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False)
             "data set": dataset.fingerprint,
             "adapter": {"rank": config.rank, "alpha": config.alpha},
             "samples per step": batches.samples_per_step,
+            "samples": batches.num_samples,
+            "tokens of a sample, at most": config.max_tokens_per_sample,
+            "optimizer": config.optimizer,
+            "seed": config.seed,
         }
         model = make_model(base, tokenizer, config)
         run = begin(config, facts, resume, ranks)
@@ -108,7 +112,7 @@ def make_model(base: Path, tokenizer: ChatTokenizer, config: TuneConfig) -> NoPE
     """The base model with room for the control tokens and with fresh adapters."""
     assert config.seed is not None
     torch.manual_seed(config.seed)
-    model = NoPEGPT.from_saved(hub.load(base))
+    model = NoPEGPT.from_saved(hub.load(base)).float()
     if model.vocabulary_size == tokenizer.encoding.n_vocab:
         model.resize_token_embeddings(tokenizer.vocabulary_size)
     if model.vocabulary_size != tokenizer.vocabulary_size:
