@@ -215,6 +215,8 @@ class BaseTokenizer:
         try:
             return self.encoding.decode_single_token_bytes(token)
         except (KeyError, OverflowError):
+            if 0 <= token < self.vocabulary_size:
+                return b""  # The larger encodings leave some ids out.
             raise UsageError(
                 f"token {token} is not in the vocabulary, which ends at {self.vocabulary_size - 1}"
             ) from None

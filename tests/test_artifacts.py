@@ -289,6 +289,7 @@ def test_a_directory_of_something_else_is_never_replaced(tmp_path: Path) -> None
 
 
 def test_what_an_earlier_process_of_this_number_left_is_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / f"data.tmp-{os.getpid()}").mkdir()
-    made(tmp_path / "data")
-    assert names(tmp_path) == ["data"]
+    root = tmp_path / "root"
+    (root / f"data.tmp-{os.getpid()}").mkdir(parents=True)
+    made(root / "data")
+    assert names(root) == ["data"]

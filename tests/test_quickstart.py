@@ -23,3 +23,7 @@ def test_quickstart_makes_a_model_and_goes_on_where_it_stopped(nope: Nope, tmp_p
     assert "already there" in again.stderr
     assert "going on from step 2 of 2" in again.stderr
     assert again.stdout == done.stdout
+    other = nope(*steps, "--seed", 1)
+    assert other.returncode == 2
+    assert "the seed changed since the run began" in other.stderr
+    assert "choose another --directory" in other.stderr

@@ -504,3 +504,9 @@ def test_ranks_are_kept_where_a_reboot_does_not_remove_them(
     keep_downloads()
     place = os.environ.get("TIKTOKEN_CACHE_DIR")
     assert place == (expected and str(Path(expected.format(home=Path.home()))))
+
+
+@pytest.mark.ranks
+def test_an_id_that_an_encoding_leaves_out_stands_for_nothing() -> None:
+    tokenizer = ChatTokenizer.from_tiktoken("cl100k_base")
+    assert tokenizer.bytes_of(100_262) == b""

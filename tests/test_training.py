@@ -265,9 +265,9 @@ def test_two_runs_never_share_their_checkpoints(dataset: Path, tmp_path: Path) -
 
 def test_pruning_never_removes_the_checkpoint_just_written(tmp_path: Path) -> None:
     for step in (100, 150, 200, 300):
-        (tmp_path / f"step-{step}").mkdir()
-    prune(tmp_path, 150, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-100", "step-150"]
+        (tmp_path / "run" / f"step-{step}").mkdir(parents=True)
+    prune(tmp_path / "run", 150, 2)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-100", "step-150"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -18,6 +18,7 @@ from nope_gpt.config import (
     QuickstartConfig,
     TuneConfig,
 )
+from nope_gpt.errors import UsageError
 
 ENCODING = "bpe:4096"
 QUESTION = "What does textwrap.dedent do?"
@@ -42,9 +43,13 @@ def command(
     started = time.perf_counter()
     root = Path(config.directory).expanduser()
     prepared = prepare(root)
-    base = pretrain(root, prepared, config)
-    ask(base, config)
-    tuned = tune(root, prepared, base, config)
+    try:
+        base = pretrain(root, prepared, config)
+        ask(base, config)
+        tuned = tune(root, prepared, base, config)
+    except UsageError as error:
+        hint = "repeat the settings it was begun with, or choose another --directory"
+        raise UsageError(error.what, where=error.where, hint=hint) from None
     exported = export(root, tuned)
     answer(exported, config)
     say(f"\nDone in {duration(time.perf_counter() - started)}. What to type next:", style="bold")
