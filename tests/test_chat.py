@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -252,6 +253,8 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path) 
         env=os.environ | terminal,
         encoding="utf-8",
         timeout=30,
+        # A shell starts what runs in the background with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     prompt = "\x1b[?2004h"  # What a line editor sends when it begins to read.
     child.expect_exact("Ctrl-D leaves.")
