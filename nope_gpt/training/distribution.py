@@ -28,6 +28,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+        dist.barrier()  # No rank takes the group down while another still works in it.
     finally:
         dist.destroy_process_group()
 
