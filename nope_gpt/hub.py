@@ -1,4 +1,4 @@
-"""The published layout: find it, load it, save it, and translate every historical name.
+"""The published layout: load it, save it, and translate every historical name.
 
 A model is a directory with `config.json` and `model.safetensors`. On disk the tensors
 have their published names, in memory names that explain themselves; the tables here
@@ -17,15 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nope_gpt.artifacts import DAMAGE, MANIFEST, read_manifest, verify, write_json, write_tensors
+from nope_gpt.artifacts import DAMAGE, write_json, write_tensors
 from nope_gpt.config import ModelConfig
-from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-TOKENIZER = "tokenizer.json"
-RANKS = "tokenizer.tiktoken"
-RUN = "run.json"
+from nope_gpt.errors import NetworkError, NopeError, UsageError
+from nope_gpt.locating import CONFIG, WEIGHTS
 
 HISTORICAL_SETTINGS = {
     "num_layers": ("num_decoder_layers",),
@@ -78,148 +73,6 @@ class SavedModel:
     config: ModelConfig
     state: dict[str, Tensor]
     trained_context_length: int | None
-
-
-def locate(model: str | Path, **options: Any) -> Path:
-    """Find the directory of a model, downloading it if it is on the Hub.
-
-    Args:
-        model: A run directory (its newest valid checkpoint), a checkpoint or export
-            directory, or the id of a model on the Hub. A name that ends in .pt, as in the
-            old scripts, is also the directory of that name without the suffix.
-        options: What `huggingface_hub.snapshot_download` takes: revision, token, cache_dir.
-
-    Raises:
-        MissingError: There is no such model.
-        UsageError: It is something else, such as a data set or a .pt file.
-        NetworkError: The Hub cannot be reached and holds what is missing here.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return model_in(path)
-    if path.is_file():
-        raise UsageError(
-            "this is a single file, and a model is a directory",
-            where=str(path),
-            hint=f"for a checkpoint of the old scripts: "
-            f"nope export --model {path} --format hub --output exports/{path.stem}",
-        )
-    if path.suffix == ".pt" and path.with_suffix("").is_dir():
-        return model_in(path.with_suffix(""))
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
-        raise MissingError("there is no such file", where=str(path))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        raise MissingError(
-            "there is no such model",
-            where=str(path),
-            hint="give a run, checkpoint or export directory, or a Hub id such as "
-            "andrewdalpino/NoPE-GPT-400M-Chat",
-        )
-    return download(str(model), **options)
-
-
-def model_in(path: Path) -> Path:
-    """The model directory that a local directory is or leads to."""
-    if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
-        if (path / MANIFEST).is_file():
-            verify(path, read_manifest(path, "checkpoint"))
-        return path
-    if (path / RUN).is_file():
-        return newest_checkpoint(checkpoints_of(path))
-    if any(path.glob("step-*")):
-        return newest_checkpoint(path)
-    if (path / MANIFEST).is_file():
-        read_manifest(path, "checkpoint")
-    for pattern in ("*.pt", "*.pth", "pytorch_model*.bin"):
-        for file in sorted(path.glob(pattern)):
-            raise UsageError(
-                f"this holds a pickled checkpoint, {file.name}, and no {WEIGHTS}",
-                where=str(path),
-                hint=f"nope export --model {file} --format hub --output exports/{file.stem}",
-            )
-    present = [name for name in (CONFIG, WEIGHTS) if (path / name).is_file()]
-    raise MissingError(
-        f"this is not a model: it has {present[0] if present else 'neither ' + CONFIG} "
-        f"{'but no' if present else 'nor'} {WEIGHTS if present != [WEIGHTS] else CONFIG}",
-        where=str(path),
-        hint="give a run, checkpoint or export directory, or a Hub id",
-    )
-
-
-def checkpoints_of(run: Path) -> Path:
-    """The directory of a run's checkpoints."""
-    try:
-        return run / str(json.loads((run / RUN).read_text(encoding="utf-8"))["checkpoints"])
-    except DAMAGE as error:
-        raise NopeError(
-            f"this run's settings are damaged ({type(error).__name__})", where=str(run / RUN)
-        ) from None
-
-
-def newest_checkpoint(directory: Path) -> Path:
-    """The valid checkpoint with the most steps, found by looking, never by a pointer.
-
-    Raises:
-        MissingError: There is none; tells what is wrong with those that are there.
-    """
-    complaints = []
-    for path in sorted(checkpoints_in(directory), key=step_of, reverse=True):
-        try:
-            verify(path, read_manifest(path, "checkpoint"))
-        except NopeError as error:
-            complaints.append(f"{path.name}: {error.what}")
-        else:
-            return path
-    raise MissingError(
-        "there is no valid checkpoint" + "".join(f"\n  {text}" for text in complaints),
-        where=str(directory),
-        hint="train first: nope pretrain, or choose another run",
-    )
-
-
-def checkpoints_in(directory: Path) -> list[Path]:
-    """Everything in a directory that is named like a checkpoint."""
-    return [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number of steps after which a checkpoint was saved."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def download(repo_id: str, **options: Any) -> Path:
-    """Fetch a model's files from the Hub, or take them from the local cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    where = f"https://huggingface.co/{repo_id}"
-    try:
-        files = [CONFIG, WEIGHTS, TOKENIZER, RANKS]
-        return Path(snapshot_download(repo_id, allow_patterns=files, **options))
-    except GatedRepoError:
-        raise MissingError(
-            "this model asks you to accept its terms", where=where, hint="hf auth login"
-        ) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise MissingError(
-            f"there is no such directory here and no such model on the Hub "
-            f"({type(error).__name__})",
-            where=repo_id,
-            hint="check the name; a private model needs `hf auth login`",
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise NetworkError(
-            f"the Hub cannot be reached: {error}",
-            where=where,
-            hint="try again with a network, or give a local directory",
-        ) from None
 
 
 def load(path: Path) -> SavedModel:

@@ -27,6 +27,7 @@ from nope_gpt.caching import KVCache, LayerCache
 from nope_gpt.config import ModelConfig, SamplingConfig
 from nope_gpt.errors import UsageError
 from nope_gpt.hub import SavedModel
+from nope_gpt.locating import locate
 
 IGNORED = -100
 """A target that is not trained on."""
@@ -274,7 +275,7 @@ class NoPEGPT(nn.Module):
         Raises:
             NopeError: There is no such model, or its files are not a NoPE GPT.
         """
-        return cls.from_saved(hub.load(hub.locate(model, **options)))
+        return cls.from_saved(hub.load(locate(model, **options)))
 
     @classmethod
     def from_saved(cls, saved: SavedModel) -> Self:

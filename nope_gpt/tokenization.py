@@ -24,7 +24,7 @@ import tiktoken
 from nope_gpt.artifacts import DAMAGE, write_file
 from nope_gpt.config import ENCODINGS
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
-from nope_gpt.hub import CONFIG, RANKS, TOKENIZER, locate
+from nope_gpt.locating import CONFIG, RANKS, TOKENIZER, locate
 from nope_gpt.memory import Message
 
 END_OF_TEXT = "<|endoftext|>"

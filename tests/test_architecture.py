@@ -21,6 +21,7 @@ FLOORS = [
     {"knobs"},
     {"config"},
     {"artifacts", "sizing", "device", "memory", "caching", "generation"},
+    {"locating"},
     {"hub"},
     {"tokenization"},
     {"model"},

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from small import byte_dataset, small_run
 
-from nope_gpt.hub import newest_checkpoint
+from nope_gpt.locating import newest_checkpoint
 
 ARGUMENTS = (
     "--embedding_dimensions=32 --num_q_heads=4 --num_kv_heads=2 --num_hidden_layers=2 "

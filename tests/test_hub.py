@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nope_gpt.errors import MissingError, NopeError
-from nope_gpt.hub import load, locate
+from nope_gpt.hub import load
+from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
 
 MULTI_HEAD = SETTINGS | {"num_kv_heads": 6}

@@ -15,12 +15,12 @@ OWNER = "andrewdalpino"
 CODE = """
 import hashlib, json, sys
 import torch
-from nope_gpt import hub
+from nope_gpt.locating import locate
 from nope_gpt.config import ChatConfig
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer, tokenizer_of
 name = sys.argv[1]
-path = hub.locate(name)
+path = locate(name)
 model = NoPEGPT.from_pretrained(name)
 tokenizer = tokenizer_of(BaseTokenizer.load(path), model.vocabulary_size)
 text = "What is the capital of France?"

@@ -22,7 +22,7 @@ from nope_gpt.config import PretrainConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import MissingError, NopeError, UsageError
-from nope_gpt.hub import newest_checkpoint
+from nope_gpt.locating import newest_checkpoint
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.checkpoints import prune
 from nope_gpt.training.muon import Muon

@@ -15,7 +15,7 @@ from nope_gpt import lora
 from nope_gpt.config import PrepareConfig, TuneConfig
 from nope_gpt.data.prepare import prepare
 from nope_gpt.errors import UsageError
-from nope_gpt.hub import newest_checkpoint
+from nope_gpt.locating import newest_checkpoint
 from nope_gpt.lora import LoRALinear
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.tuning import tune

@@ -9,6 +9,7 @@ from nope_gpt.cli.terminal import say, waiting
 from nope_gpt.config import SamplingConfig
 from nope_gpt.device import draw_seed, resolve_device
 from nope_gpt.errors import UsageError
+from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer, tokenizer_of
 
@@ -26,7 +27,7 @@ def open_model(config: SamplingConfig, command: str) -> tuple[NoPEGPT, BaseToken
         )
     device = resolve_device(config.device)
     with waiting(f"loading {config.model}"):
-        directory = hub.locate(config.model)
+        directory = locate(config.model)
         model = NoPEGPT.from_saved(hub.load(directory)).to(device)
         tokenizer = tokenizer_of(BaseTokenizer.load(directory), model.vocabulary_size)
     torch.manual_seed(draw_seed() if config.seed is None else config.seed)

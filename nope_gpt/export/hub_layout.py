@@ -12,6 +12,7 @@ from nope_gpt.config import ExportConfig
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.export.card import model_card
 from nope_gpt.export.legacy import read_checkpoint
+from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer, tokenizer_of
 
@@ -47,7 +48,7 @@ def open_source(model: str) -> tuple[NoPEGPT, BaseTokenizer, str]:
         saved, tokenizer = read_checkpoint(path)
         name = path.stem
     else:
-        directory = hub.locate(model)
+        directory = locate(model)
         saved, tokenizer = hub.load(directory), BaseTokenizer.load(directory)
         name = path.resolve().name if path.is_dir() else path.name
     return NoPEGPT.from_saved(saved), tokenizer_of(tokenizer, saved.config.vocabulary_size), name

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from nope_gpt.artifacts import FORMAT_VERSION, publish, write_json, write_tensors
 from nope_gpt.errors import MissingError, NopeError
-from nope_gpt.hub import checkpoints_in, newest_checkpoint, step_of
+from nope_gpt.locating import checkpoints_in, newest_checkpoint, step_of
 
 OPTIMIZER = "optimizer.safetensors"
 ADAPTER = "adapter.safetensors"

@@ -17,7 +17,7 @@ from nope_gpt.artifacts import DAMAGE, is_leftover, write_json
 from nope_gpt.config import TrainingConfig
 from nope_gpt.device import Ranks, draw_seed, resolve_device
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.hub import RUN, checkpoints_in
+from nope_gpt.locating import RUN, checkpoints_in
 from nope_gpt.training import checkpoints, distribution
 from nope_gpt.training.reporting import Listener, Plan, RunLog
 

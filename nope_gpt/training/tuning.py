@@ -14,6 +14,7 @@ from nope_gpt.data.batches import ChatBatches, find_dataset
 from nope_gpt.data.shards import Dataset
 from nope_gpt.device import resolve_precision
 from nope_gpt.errors import UsageError
+from nope_gpt.locating import WEIGHTS, locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import ChatTokenizer
 from nope_gpt.training import checkpoints
@@ -46,14 +47,14 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False)
             hint="nope tune --model runs/pretrain, or --model andrewdalpino/NoPE-GPT-400M-Base",
         )
     with launched(config) as (config, ranks, device):
-        base = hub.locate(named)
+        base = locate(named)
         tokenizer = ChatTokenizer.load(base)
         path = find_dataset(Path(config.dataset_path).expanduser(), config.dataset, content="chat")
         dataset = Dataset.open(path).require("chat")
         refuse_other_tokenizer(tokenizer, dataset, base)
         batches = make_batches(dataset, tokenizer, config)
         facts = {
-            "base model": describe(base / hub.WEIGHTS),
+            "base model": describe(base / WEIGHTS),
             "tokenizer": dataset.tokenizer,
             "data set": dataset.fingerprint,
             "adapter": {"rank": config.rank, "alpha": config.alpha},
