@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,13 +17,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
 
 from nope_gpt.errors import CapacityError, MissingError, NopeError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -97,13 +99,62 @@ def write_tensors(
         save_file(tensors, path, metadata=metadata)
 
 
-def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array as a .npy file; unlike `numpy.save` it tells a full disk as such."""
+class ArrayFile:
+    """A .npy file that is being written.
+
+    Attributes:
+        name: Of the file.
+        size: Bytes so far.
+        digest: The sha256 so far.
+    """
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self.name = name
+        self.file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Append numbers of the declared type."""
+        if array.size:
+            self.append(array.data.cast("B"))
+
+    def append(self, content: bytes | memoryview) -> None:
+        """Append bytes."""
+        self.file.write(content)
+        self.digest.update(content)
+        self.size += len(content)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a manifest says of the file."""
+        return {"size": self.size, "sha256": self.digest.hexdigest()}
+
+
+@contextmanager
+def array_file(path: Path, dtype: np.dtype[Any], length: int) -> Iterator[ArrayFile]:
+    """Write a .npy file of a known length piece by piece; it appears when it is whole.
+
+    Unlike `numpy.save` it tells a full disk as such.
+    """
     from numpy.lib import format as npy
 
-    with writing(path), path.open("wb") as file:
-        npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
-        file.write(array.data)
+    header = io.BytesIO()
+    shape = {"descr": dtype.str, "fortran_order": False, "shape": (int(length),)}
+    npy.write_array_header_1_0(header, shape)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                result = ArrayFile(path.name, file)
+                result.append(header.getvalue())
+                yield result
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

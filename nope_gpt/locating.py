@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt.artifacts import DAMAGE, MANIFEST, read_manifest, verify
-from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
+from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.remote import contacting
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -127,33 +128,7 @@ def step_of(checkpoint: Path) -> int:
 def download(repo_id: str, **options: Any) -> Path:
     """Fetch a model's files from the Hub, or take them from the local cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    where = f"https://huggingface.co/{repo_id}"
-    try:
+    with contacting("model", repo_id, "try again with a network, or give a local directory"):
         files = [CONFIG, WEIGHTS, TOKENIZER, RANKS]
         return Path(snapshot_download(repo_id, allow_patterns=files, **options))
-    except GatedRepoError:
-        raise MissingError(
-            "this model asks you to accept its terms", where=where, hint="hf auth login"
-        ) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise MissingError(
-            f"there is no such directory here and no such model on the Hub "
-            f"({type(error).__name__})",
-            where=repo_id,
-            hint="check the name; a private model needs `hf auth login`",
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise NetworkError(
-            f"the Hub cannot be reached: {error}",
-            where=where,
-            hint="try again with a network, or give a local directory",
-        ) from None

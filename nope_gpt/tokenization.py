@@ -15,9 +15,9 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, SupportsInt
+from typing import TYPE_CHECKING, Any, Self, SupportsInt
 
 import tiktoken
 
@@ -27,8 +27,18 @@ from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 from nope_gpt.locating import CONFIG, RANKS, TOKENIZER, locate
 from nope_gpt.memory import Message
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 END_OF_TEXT = "<|endoftext|>"
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+
+FILES = (TOKENIZER, RANKS)
+"""What travels with an artefact."""
+
+LONG_TEXT = 1 << 18
+"""Characters beyond which `encode_ordinary` may panic where `encode_to_numpy` raises."""
 
 SMALLEST_BPE = 257
 LARGEST_BPE = 1 << 20
@@ -197,6 +207,13 @@ class BaseTokenizer:
         """The token that ends a document."""
         return self.encoding.eot_token
 
+    @functools.cached_property
+    def end_array(self) -> NDArray[np.uint32]:
+        """The token that ends a document, as an array."""
+        import numpy as np
+
+        return np.array([self.end_of_text], np.uint32)
+
     @property
     def stop_tokens(self) -> frozenset[int]:
         return frozenset({self.end_of_text})
@@ -204,7 +221,31 @@ class BaseTokenizer:
     def tokenize(self, text: str) -> list[int]:
         """Encode text; what looks like a control token stays text."""
         self.stream.reset()
+        if len(text) > LONG_TEXT:
+            return list(map(int, self.encode(text)))
         return self.encoding.encode_ordinary(text)
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """The same as an array, without a Python object for each token.
+
+        Raises:
+            NopeError: A run of about a million blanks, which tiktoken cannot take.
+        """
+        try:
+            return self.encode_whole(text)
+        except UnicodeEncodeError:
+            return self.encode(clean(text))
+        except ValueError as error:
+            raise NopeError(f"the tokenizer cannot take this text: {error}") from None
+
+    @functools.cached_property
+    def encode_whole(self) -> Callable[[str], NDArray[np.uint32]]:
+        """The fastest exact way to encode a text without lone surrogates."""
+        from nope_gpt.splitting import PATTERN, Splitter
+
+        if self.encoding._pat_str == PATTERN:
+            return Splitter(self.encoding).encode
+        return functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that a token stands for.
@@ -244,6 +285,13 @@ class ChatTokenizer(BaseTokenizer):
         self.control_tokens = {text: first + index for index, text in enumerate(CONTROL_TOKENS)}
         self.control_bytes = {id: text.encode() for text, id in self.control_tokens.items()}
 
+    @functools.cached_property
+    def control_arrays(self) -> dict[str, NDArray[np.uint32]]:
+        """Each control token as an array of its own."""
+        import numpy as np
+
+        return {text: np.array([id], np.uint32) for text, id in self.control_tokens.items()}
+
     @property
     def vocabulary_size(self) -> int:
         return self.encoding.n_vocab + len(CONTROL_TOKENS)
@@ -267,24 +315,27 @@ class ChatTokenizer(BaseTokenizer):
 
     def tokenize_message(self, message: Message) -> list[int]:
         """Encode one message with the template."""
-        return [token for tokens, _ in self.template(message) for token in tokens]
+        return [token for tokens, _ in self.template(message) for token in tokens.tolist()]
 
-    def template(self, message: Message) -> Iterator[tuple[list[int], bool]]:
+    def template(self, message: Message) -> Iterator[tuple[NDArray[np.uint32], bool]]:
         """The tokens of a message, and which of them are for the model to write.
 
         Those are the content of an answer and the `<|im_end|>` that ends it, but neither
         its header nor the newline after it. The header of an answer is encoded by itself,
         as in a prompt; any other message is encoded whole.
         """
-        encode = self.encoding.encode_ordinary
         role, content = message["role"], message["content"]
+        start, end = (self.control_arrays[name] for name in ("<|im_start|>", "<|im_end|>"))
         if role == "assistant":
-            yield self.response_tokens, False
-            yield [*encode(f"{content}\n"), self.im_end_index], True
-            yield encode("\n"), False
+            yield start, False
+            yield self.encode("assistant\n"), False
+            yield self.encode(f"{content}\n"), True
+            yield end, True
         else:
-            text = encode(f"{role}\n{content}\n")
-            yield [self.im_start_index, *text, self.im_end_index, *encode("\n")], False
+            yield start, False
+            yield self.encode(f"{role}\n{content}\n"), False
+            yield end, False
+        yield self.encode("\n"), False
 
     def tokenize_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Encode a conversation and the header of the answer to come.
@@ -357,6 +408,12 @@ def resolve(spec: str, texts: Iterable[str]) -> BaseTokenizer:
         has_own = (path / TOKENIZER).is_file()
         return BaseTokenizer.load(path) if has_own else BaseTokenizer.from_pretrained(path)
     return BaseTokenizer.from_tiktoken(spec)
+
+
+def name_of(spec: str) -> str:
+    """What the tokenizer that `--token-encoding` asks for is called, before it is trained."""
+    kind, _, size = spec.partition(":")
+    return bpe_name(int(size)) if kind == "bpe" and size.isdecimal() else resolve(spec, ()).name
 
 
 def bpe_name(vocabulary_size: int) -> str:

@@ -7,13 +7,17 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from hub_faults import SOUND, Fault, Reply, Transfer, break_off
 
 Json = dict[str, Any]
 
@@ -27,15 +31,6 @@ REVISION = r"(?P<revision>[^/]+)"
 API = rf"/api/(?P<kind>models|datasets)/{NAME}"
 SITE = rf"/(?:(?P<kind>datasets)/)?{NAME}"
 OBJECT = r"/lfs/(?P<oid>[0-9a-f]{64})"
-
-
-@dataclass
-class Reply:
-    """What the hub sends back."""
-
-    body: bytes = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
 
 
 class HubError(Exception):
@@ -77,9 +72,14 @@ def tree_id(files: Files) -> str:
 
 
 @cache
-def examine(source: Path, size: int, _modified_ns: int) -> StoredFile:
+def examine(source: Path, _size: int, _modified_ns: int) -> StoredFile:
     """Hash a file, once for as long as its size and its modification time stay the same."""
-    content = source.read_bytes()
+    return describe(source, source.read_bytes())
+
+
+def describe(source: Path, content: bytes) -> StoredFile:
+    """A file as it is with this content."""
+    size = len(content)
     if not belongs_in_lfs(source.name, size, content):
         oid = blob_id(content)
         return StoredFile(source, oid, {"size": size, "oid": oid, "blobId": oid})
@@ -159,22 +159,44 @@ class Conversation(BaseHTTPRequestHandler):
         self.query = parse_qs(location.query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.hub.one_at_a_time:
-            reply = self.reply_to(f"{self.command} {location.path}")
+            self.hub.requests.append(f"{self.command} {location.path}")
+            self.fault = self.hub.next_fault(self.command, location.path, "Range" in self.headers)
+        if self.hub.stopped.wait(self.fault.latency):
+            return
+        if self.fault.offline:
+            break_off(self.connection, self.rfile)
+            return
+        with self.hub.one_at_a_time:
+            reply = self.fault.answer() or self.reply_to(f"{self.command} {location.path}")
+        with suppress(ConnectionError):  # The client may leave when it likes.
+            self.send(reply, Transfer(location.path, reply.first_byte or 0))
+
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
+
+    def send(self, reply: Reply, transfer: Transfer) -> None:
+        """Send a reply, or what its fault leaves of it; a slow one keeps no other waiting."""
         self.send_response(reply.status)
         for name, value in reply.headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(reply.body)))
+        self.send_header("Content-Length", str(len(reply.body) + self.fault.length_error))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(reply.body)
-
-    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
+        if self.command == "HEAD":
+            return
+        if reply.first_byte is not None:
+            self.hub.transfers.append(transfer)
+        for silence, piece in self.fault.pieces(reply.body):
+            if self.hub.stopped.wait(silence):
+                return
+            # Counted first: whoever has received it can rely on finding it here.
+            transfer.sent += len(piece)
+            self.wfile.write(piece)
+        if self.fault.resets(reply.body):
+            break_off(self.connection, self.rfile)
 
     def log_message(self, *_: object) -> None:
         """Say nothing: the hub's list of requests is the log."""
 
     def reply_to(self, request: str) -> Reply:
-        self.hub.requests.append(request)
         for pattern, method in ENDPOINTS.items():
             if match := re.fullmatch(pattern, request):
                 groups = {name: text and unquote(text) for name, text in match.groupdict().items()}
@@ -255,19 +277,24 @@ class Conversation(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": tree_id(files)}
         if path not in files:
             raise HubError(404, "EntryNotFound", "Entry not found", **headers)
-        etag, size = f'"{files[path].etag}"', files[path].listing["size"]
+        file, content = files[path], files[path].source.read_bytes()
+        if self.fault.content is not None:
+            content = self.fault.content
+            file = describe(file.source, content)
+        etag, size = f'"{file.etag}"', len(content)
         headers |= {"Accept-Ranges": "bytes", "ETag": etag}
-        if "lfs" in files[path].listing:
+        if "lfs" in file.listing:
             headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(size)}
-        content = files[path].source.read_bytes()
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not span:
-            return Reply(content, headers=headers)
+        unchanged = self.headers.get("If-Range", etag) == etag
+        if not span or not unchanged or self.fault.ignore_range:
+            return Reply(content, headers=headers, first_byte=0)
         part = content[int(span[1]) : int(span[2]) + 1 if span[2] else size]
         if not part:
             return Reply(status=416, headers=headers | {"Content-Range": f"bytes */{size}"})
         last = int(span[1]) + len(part) - 1
-        return Reply(part, 206, headers | {"Content-Range": f"bytes {span[1]}-{last}/{size}"})
+        headers |= {"Content-Range": f"bytes {span[1]}-{last}/{size}"}
+        return Reply(part, 206, headers, int(span[1]))
 
     @endpoint(rf"POST {API}/preupload/{REVISION}")
     def choose_upload_modes(self, kind: str, name: str, revision: str) -> Json:
@@ -317,13 +344,25 @@ class Conversation(BaseHTTPRequestHandler):
 
 
 class LoopbackHub:
-    """A hub that serves (and accepts into) a folder: ROOT/{models,datasets}/ORG/NAME."""
+    """A hub that serves (and accepts into) a folder: ROOT/{models,datasets}/ORG/NAME.
+
+    Attributes:
+        requests: What was asked for, as "GET /path", in order.
+        transfers: The bodies of files that were sent, in order.
+        faults: What goes wrong. Of those that concern a request and are not used up, the
+            first one befalls it; they may change at any time.
+        happened: How many requests each fault befell.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.requests: list[str] = []
+        self.transfers: list[Transfer] = []
+        self.faults: list[Fault] = []
+        self.happened: Counter[Fault] = Counter()
         self.objects: dict[str, bytes] = {}
         self.one_at_a_time = threading.Lock()
+        self.stopped = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Conversation, self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -338,6 +377,24 @@ class LoopbackHub:
             "HF_TOKEN": "hf_loopback",
         }
 
+    @contextmanager
+    def fault(self, fault: Fault) -> Iterator[Fault]:
+        """Let this go wrong for a while."""
+        self.faults.append(fault)
+        try:
+            yield fault
+        finally:
+            self.faults.remove(fault)
+
+    def next_fault(self, method: str, path: str, has_range: bool) -> Fault:
+        """What befalls a request, which is counted."""
+        for fault in tuple(self.faults):
+            used_up = fault.times is not None and self.happened[fault] >= fault.times
+            if not used_up and fault.concerns(method, path, has_range):
+                self.happened[fault] += 1
+                return fault
+        return SOUND
+
     def __enter__(self) -> Self:
         serve = partial(self._server.serve_forever, poll_interval=0.05)
         self._thread = threading.Thread(target=serve, daemon=True)
@@ -345,6 +402,7 @@ class LoopbackHub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stopped.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

@@ -19,10 +19,11 @@ import pytest
 
 from nope_gpt.artifacts import (
     MANIFEST,
+    array_file,
+    describe,
     publish,
     read_manifest,
     verify,
-    write_array,
     write_file,
     write_json,
     writing,
@@ -198,10 +199,15 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, 1, 1000])
 def test_an_array_is_written_as_numpy_writes_it(tmp_path: Path, dtype: str, size: int) -> None:
     array = np.arange(size, dtype=dtype)
-    write_array(tmp_path / "array.npy", array)
+    with array_file(tmp_path / "array.npy", array.dtype, size) as file:
+        for piece in np.array_split(array, 3):
+            file.write(piece)
+        assert not (tmp_path / "array.npy").exists(), "it appears when it is whole"
     expected = io.BytesIO()
     np.save(expected, array)
     assert (tmp_path / "array.npy").read_bytes() == expected.getvalue()
+    assert file.description == describe(tmp_path / "array.npy")
+    assert names(tmp_path) == ["array.npy", "home"]
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:

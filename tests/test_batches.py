@@ -16,15 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nope_gpt.artifacts import FORMAT_VERSION, MANIFEST, describe
-from nope_gpt.data.batches import Batch, ChatBatches, TextBatches, find_dataset, shuffled
-from nope_gpt.data.shards import (
-    Dataset,
-    EncodedDocument,
-    TokenStream,
-    conversations,
-    token_dtype,
-    write_shard,
-)
+from nope_gpt.data.batches import Batch, ChatBatches, TextBatches
+from nope_gpt.data.encoding import EncodedDocument, token_dtype
+from nope_gpt.data.finding import find_dataset
+from nope_gpt.data.ordering import shuffled
+from nope_gpt.data.shards import Dataset, TokenStream, conversations
 from nope_gpt.errors import MissingError, NopeError, UsageError
 
 IGNORED = -100
@@ -55,13 +51,34 @@ def write(
     path.mkdir(parents=True)
     for number, (train, held_out) in enumerate(shards):
         name = f"shard-{number:05d}"
-        entry = write_shard(path, name, train, held_out, token_dtype(vocabulary))
-        source = sources[number] if sources else "source"
-        manifest["shards"].append(entry | {"source": source})
+        counts = write_arrays(path / name, train + held_out, token_dtype(vocabulary))
+        first = len(train)
+        manifest["shards"].append(
+            {
+                "name": name,
+                "source": sources[number] if sources else "source",
+                "train_documents": first,
+                "train_tokens": sum(counts[:first]),
+                "holdout_documents": len(held_out),
+                "holdout_tokens": sum(counts[first:]),
+            }
+        )
     # Like `publish`, without waiting for the disk.
     manifest["files"] = {file.name: describe(file) for file in path.iterdir()}
     (path / MANIFEST).write_text(json.dumps(manifest))
     return Dataset.open(path)
+
+
+def write_arrays(path: Path, documents: Documents, dtype: np.dtype[Any]) -> list[int]:
+    """The files of a shard; returns how long each document is."""
+    counts = [document.tokens.size for document in documents]
+    tokens = np.concatenate([document.tokens for document in documents]).astype(dtype)
+    np.save(f"{path}.tokens.npy", tokens)
+    np.save(f"{path}.ends.npy", np.cumsum(counts, dtype=np.int64))
+    masks = [document.mask for document in documents if document.mask is not None]
+    if masks:
+        np.save(f"{path}.mask.npy", np.concatenate(masks))
+    return counts
 
 
 def text(*tokens: int) -> EncodedDocument:
@@ -525,7 +542,7 @@ def test_a_root_without_a_data_set_says_how_to_make_one(
         with pytest.raises(MissingError, match=f"no data set of {held}") as caught:
             find_dataset(path, None, content=content)
         assert caught.value.where == str(path)
-        assert caught.value.hint == "nope prepare python-docs"
+        assert str(caught.value.hint).startswith("nope prepare python-docs")
     with pytest.raises(MissingError, match="no data set 'x'; nor any other"):
         find_dataset(tmp_path, "x", content=content)
 

@@ -319,6 +319,7 @@ def test_help_shows_every_knob_once_and_by_one_name(
     flags = shown_flags(help_of(call, command, monkeypatch))
     knobs = {flag_of(field) for field in dataclasses.fields(CONFIGS[command])}
     own = {"--help", "--json", "--config", "--preset", "--resume", "--prompt-file"}
+    own |= {"--merge", "--dry-run", "--preview"}
     assert len(flags) == len(set(flags))
     assert knobs <= set(flags) <= knobs | own
     assert not [flag for flag in flags if "_" in flag]
@@ -515,8 +516,9 @@ def test_the_whole_family_speaks_results_on_stdout_and_everything_else_on_stderr
 
     out, err = done("prepare", corpus, "--token_encoding=bytes", "--json")
     (data,) = json.loads(out)["datasets"]
-    assert (data["content"], data["documents"], data["refused"]) == ("text", 12, 0)
-    assert "12 documents (1 held out)" in err
+    stats = data["statistics"]
+    assert (data["content"], stats["documents"], stats["refused"]) == ("text", 12, {})
+    assert "12 documents, 1 of them held out" in err
 
     recipe = flags_of(RECIPE | {"max_steps": 2, "eval_interval": 1, "dataset_path": "datasets"})
     out, err = done("pretrain", *recipe)

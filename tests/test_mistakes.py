@@ -79,7 +79,7 @@ def write_sources() -> None:
 
 def write_broken() -> None:
     shutil.copytree("datasets/text", "cut")
-    cut(Path("cut/shard-00000.tokens.npy"), 10)
+    cut(next(Path("cut").glob("shard-*.tokens.npy")), 10)
     shutil.copytree("runs/pretrain/checkpoints/step-2", "spoiled")
     spoil(Path("spoiled/model.safetensors"))
     shutil.copytree("runs/pretrain", "runs/spoiled")
@@ -134,7 +134,7 @@ TRANSCRIPTS = """
 $ nope prepare none.txt  [3]
 error: there is no such file or directory
   where: none.txt
-  next:  give text, .jsonl or .parquet files, directories of them, `-` for standard input, or `py…
+  next:  give text, .jsonl or .parquet files, directories of them, `-` for standard input, `python-…
 
 $ nope prepare :smile:[red].txt  [3]
 error: there is no such file or directory
@@ -165,16 +165,17 @@ error: this line is not JSON: …
   where: torn.jsonl:2
 
 $ nope prepare roles.jsonl --token-encoding bytes  [1]
-error: the role 'boss' is none of system, user, assistant, tool
-  where: roles.jsonl:1
+error: there is nothing to train on; refused: 1 with a role that is none of system, user, …
+  where: roles
+  next:  give files that hold text, or conversations with an answer
 
 $ nope prepare keys.jsonl  [2]
-error: the first row has neither `messages` nor 'text', but: body
+error: there is neither `messages` nor 'text'; there are body
   where: keys.jsonl
   next:  choose the text with --text-column
 
 $ nope prepare asked.jsonl --token-encoding bytes  [1]
-error: there is nothing to train on: 1 documents, none of them usable
+error: there is nothing to train on; refused: 1 with no answer (first: asked.jsonl:1)
   where: asked
   next:  give files that hold text, or conversations with an answer
 
@@ -198,20 +199,20 @@ $ nope prepare corpus --name a/b --token-encoding bytes  [2]
 error: --name is 'a/b', and must be a plain name
   next:  use letters, digits, dots, dashes and underscores
 
-$ nope prepare corpus --name text --token-encoding bytes  [2]
-error: this data set already exists
+$ nope prepare corpus2 --name text --token-encoding bytes  [2]
+error: this data set already exists, and it was made of corpus, not of corpus2
   where: datasets/text
   next:  train on it, choose another --name, or add --overwrite to replace it
 
 $ nope prepare corpus --dataset-path file/x --token-encoding bytes  [1]
 error: cannot write here: …
-  where: file/x/corpus-bytes
+  where: file/x/corpus-bytes.partial
   next:  choose a directory that you may write to
 
 $ nope pretrain --config tiny.toml --dataset-path plain  [3]
 error: there is no data set of text
   where: plain
-  next:  nope prepare python-docs
+  next:  nope prepare python-docs, which needs no network, or nope prepare fineweb
 
 $ nope pretrain --config tiny.toml --dataset none  [3]
 error: there is no data set 'none'; there are chats, first, other, second, short, text
@@ -229,13 +230,13 @@ error: this data set holds conversations
   next:  `nope tune` uses it
 
 $ nope pretrain --config tiny.toml --dataset-path cut  [1]
-error: this dataset is damaged: shard-00000.tokens.npy has … bytes instead of …
+error: this dataset is damaged: shard-….tokens.npy has … bytes instead of …
   where: cut
 
 $ nope pretrain --config tiny.toml --dataset-path file  [3]
 error: there is no data set of text
   where: file
-  next:  nope prepare python-docs
+  next:  nope prepare python-docs, which needs no network, or nope prepare fineweb
 
 $ nope pretrain --config tiny.toml --dataset short --run-name new  [1]
 error: the data set has 3 tokens to train on, and a sample needs 17

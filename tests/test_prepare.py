@@ -21,11 +21,14 @@ from hypothesis import strategies as st
 
 from nope_gpt.artifacts import MANIFEST, verify
 from nope_gpt.config import PrepareConfig
-from nope_gpt.data import prepare as preparing
-from nope_gpt.data import python_docs
-from nope_gpt.data.prepare import Prepared, encode, prepare
-from nope_gpt.data.shards import Dataset, TokenStream, conversations, token_dtype
-from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.data import python_docs, reading, units
+from nope_gpt.data.commit import Prepared
+from nope_gpt.data.documents import Conversation
+from nope_gpt.data.encoding import encode_conversation, token_dtype
+from nope_gpt.data.prepare import prepare
+from nope_gpt.data.schedule import Progress
+from nope_gpt.data.shards import Dataset, TokenStream, conversations
+from nope_gpt.errors import Interrupted, MissingError, NopeError, UsageError
 from nope_gpt.memory import Message
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, encoding_of, resolve
 
@@ -72,6 +75,11 @@ def split(path: Path) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
+def stem(path: Path) -> str:
+    """What the first shard of a data set is called."""
+    return str(Dataset.open(path).shards[0].name)
+
+
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
@@ -94,20 +102,21 @@ def test_a_shard_is_made_of_standard_arrays(tmp_path: Path) -> None:
     source = lines(tmp_path / "table.jsonl", "text", documents)
     made = prepared(source, tmp_path / "root", holdout_fraction=0.3)
     assert made.path == tmp_path / "root" / "table-bytes"
-    files = [MANIFEST, "shard-00000.ends.npy", "shard-00000.tokens.npy", "tokenizer.json"]
+    shard = f"shard-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}-0000"
+    files = [MANIFEST, f"{shard}.ends.npy", f"{shard}.tokens.npy", "tokenizer.json"]
     assert names(made.path) == files
-    tokens = np.load(made.path / "shard-00000.tokens.npy", allow_pickle=False)
-    ends = np.load(made.path / "shard-00000.ends.npy", allow_pickle=False)
+    tokens = np.load(made.path / f"{shard}.tokens.npy", allow_pickle=False)
+    ends = np.load(made.path / f"{shard}.ends.npy", allow_pickle=False)
     assert (tokens.dtype, ends.dtype) == (np.uint16, np.int64)
     found = [tokens[a:b].tolist() for a, b in zip([0, *ends[:-1]], ends, strict=True)]
     train = [text for text in documents if not below(text, 0.3)]
     held_out = [text for text in documents if below(text, 0.3)]
     assert 5 < len(held_out) < 30
     assert found == [[*text.encode(), END] for text in train + held_out], "held-out ones come last"
-    assert made.documents == len(documents)
-    assert made.holdout_documents == len(held_out)
-    assert made.tokens == len(tokens)
-    assert made.characters == sum(map(len, documents))
+    assert made.statistics["documents"] == len(documents)
+    assert made.statistics["holdout_documents"] == len(held_out)
+    assert made.statistics["tokens"] == len(tokens)
+    assert made.statistics["text_bytes"] == sum(len(text.encode()) for text in documents)
 
 
 def test_the_manifest_tells_what_the_data_set_holds(tmp_path: Path) -> None:
@@ -119,39 +128,45 @@ def test_the_manifest_tells_what_the_data_set_holds(tmp_path: Path) -> None:
     held_out_tokens = sum(len(tokenizer.tokenize(text)) + 1 for text in held_out)
     assert manifest.pop("holdout")["fraction"] == 0.2
     assert set(manifest.pop("files")) == set(names(made.path)) - {MANIFEST}
+    recipe, digest = manifest.pop("recipe"), hashlib.sha256(source.read_bytes()).hexdigest()
+    file = {"path": "table.jsonl", "size": source.stat().st_size, "sha256": digest}
+    assert recipe["sources"] == [{"name": "table", "files": [file]}]
+    lengths = [len(tokenizer.tokenize(text)) + 1 for text in texts(20)]
+    num_tokens = sum(lengths)
+    histogram = manifest["statistics"].pop("lengths")
+    assert histogram == [sum(2**k <= n < 2 ** (k + 1) for n in lengths) for k in range(3)]
+    assert sum(histogram) == 20
     assert manifest == {
         "kind": "dataset",
         "format_version": 1,
         "content": "text",
+        "made_with": ["table-bpe-270"],
         "tokenizer": {
             "name": "bpe-270",
             "fingerprint": tokenizer.fingerprint,
             "vocabulary_size": 270,
         },
         "token_dtype": "uint16",
-        "sources": [
-            {
-                "name": "table",
-                "files": [
-                    {
-                        "path": "table.jsonl",
-                        "size": source.stat().st_size,
-                        "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
-                    }
-                ],
-            }
-        ],
+        "statistics": {
+            "documents": 20,
+            "holdout_documents": len(held_out),
+            "tokens": num_tokens,
+            "text_bytes": sum(map(len, texts(20))),
+            "cut": 0,
+            "duplicates": 0,
+            "dropped": 0,
+            "refused": {},
+        },
         "shards": [
             {
-                "name": "shard-00000",
+                "name": f"shard-{digest[:16]}-0000",
                 "source": "table",
                 "train_documents": 20 - len(held_out),
-                "train_tokens": made.tokens - held_out_tokens,
+                "train_tokens": num_tokens - held_out_tokens,
                 "holdout_documents": len(held_out),
                 "holdout_tokens": held_out_tokens,
             }
         ],
-        "refused_documents": 0,
     }
     verify(made.path, Dataset.open(made.path).manifest)
 
@@ -165,7 +180,7 @@ def test_tokens_are_as_wide_as_the_vocabulary_needs(
     tokenizer_of_size(size).save(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("ÿþ hello")
     made = prepared(tmp_path / "a.txt", tmp_path, token_encoding=str(tmp_path / "tokenizer"))
-    tokens = np.load(made.path / "shard-00000.tokens.npy", allow_pickle=False)
+    tokens = np.load(made.path / f"{stem(made.path)}.tokens.npy", allow_pickle=False)
     assert tokens.dtype == width
     assert Dataset.open(made.path).manifest["token_dtype"] == tokens.dtype.name
     assert tokens[-1] == size - 1, "the last token of the vocabulary does not wrap"
@@ -176,8 +191,9 @@ def test_a_vocabulary_of_conversations_is_four_tokens_wider(tmp_path: Path) -> N
     tokenizer_of_size(65_533).save(tmp_path / "tokenizer")
     source = lines(tmp_path / "chats.jsonl", "messages", [CHAT])
     made = prepared(source, tmp_path, token_encoding=str(tmp_path / "tokenizer"))
-    assert made.vocabulary_size == 65_537
-    assert np.load(made.path / "shard-00000.tokens.npy").dtype == np.uint32 == token_dtype(65_537)
+    assert Dataset.open(made.path).tokenizer["vocabulary_size"] == 65_537
+    tokens = np.load(made.path / f"{stem(made.path)}.tokens.npy")
+    assert tokens.dtype == np.uint32 == token_dtype(65_537)
 
 
 def expected_bytes(messages: list[Message]) -> list[tuple[int, bool]]:
@@ -212,7 +228,7 @@ def test_exactly_what_the_model_is_to_write_is_trained(spec: str) -> None:
     @settings(max_examples=60, deadline=None)
     @given(st.lists(message, max_size=5))
     def check(messages: list[Message]) -> None:
-        document = encode(messages, tokenizer)
+        document = encode_conversation(Conversation(messages), tokenizer)
         found = masked_bytes(tokenizer, document.tokens, document.mask)
         assert found == expected_bytes(messages)
 
@@ -222,11 +238,15 @@ def test_exactly_what_the_model_is_to_write_is_trained(spec: str) -> None:
 def test_a_shard_of_conversations_has_their_mask(tmp_path: Path) -> None:
     source = lines(tmp_path / "chats.jsonl", "messages", [CHAT, [*MUTE, CHAT[2]]])
     made = prepared(source, tmp_path / "root", holdout_fraction=0.0)
-    mask = np.load(made.path / "shard-00000.mask.npy", allow_pickle=False)
+    mask = np.load(made.path / f"{stem(made.path)}.mask.npy", allow_pickle=False)
     assert mask.dtype == np.uint8
     tokenizer = ChatTokenizer.load(made.path)
     documents = [shard.document(index) for shard, index in conversations(Dataset.open(made.path))]
-    assert sum(document.tokens.size for document in documents) == mask.size == made.tokens
+    assert (
+        sum(document.tokens.size for document in documents)
+        == mask.size
+        == made.statistics["tokens"]
+    )
     found = [masked_bytes(tokenizer, document.tokens, document.mask) for document in documents]
     assert found == [expected_bytes(CHAT), expected_bytes([*MUTE, CHAT[2]])]
     written = [bytes(byte for byte, bit in document if bit).decode() for document in found]
@@ -236,15 +256,15 @@ def test_a_shard_of_conversations_has_their_mask(tmp_path: Path) -> None:
 def test_conversations_without_an_answer_are_counted_and_refused(tmp_path: Path) -> None:
     source = lines(tmp_path / "chats.jsonl", "messages", [MUTE, CHAT, [], MUTE])
     made = prepared(source, tmp_path / "root")
-    assert (made.documents, made.refused) == (1, 3)
-    assert Dataset.open(made.path).manifest["refused_documents"] == 3
+    assert made.statistics["documents"] == 1
+    assert made.statistics["refused"] == {"no answer": {"count": 3, "first": "chats.jsonl:1"}}
 
 
 def test_a_corpus_with_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    with pytest.raises(NopeError, match="nothing to train on: 2 documents, none of them usable"):
+    with pytest.raises(NopeError, match="nothing to train on; refused: 2 with no answer"):
         prepared(lines(tmp_path / "chats.jsonl", "messages", [MUTE, []]), root)
-    with pytest.raises(NopeError, match="the corpus is empty"):
+    with pytest.raises(NopeError, match="refused: 2 with nothing but blanks"):
         prepared(lines(tmp_path / "blank.jsonl", "text", [" ", "\n"]), root)
     (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf")
     with pytest.raises(NopeError, match="the corpus is empty"):
@@ -275,7 +295,7 @@ def test_a_small_corpus_holds_out_one_document_and_trains_on_the_others(
     source = lines(root / "few.jsonl", "text", sorted(documents))
     made = prepared(source, root, holdout_fraction=1e-9, overwrite=True)
     train, held_out = split(made.path)
-    assert len(held_out) == 1 == made.holdout_documents
+    assert len(held_out) == 1 == made.statistics["holdout_documents"]
     assert sorted(train + held_out) == sorted(documents)
 
 
@@ -307,18 +327,23 @@ def test_something_is_always_left_to_train_on(tmp_path: Path, count: int) -> Non
 def test_every_shard_of_a_large_corpus_has_a_hold_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "UNIT_SIZE", 100)
+    monkeypatch.setattr(units, "UNIT_SIZE", 100)
+    monkeypatch.setattr(reading, "SPAN_SIZE", 50)
     source = lines(tmp_path / "large.jsonl", "text", texts(64))
     seen: list[int] = []
     config = PrepareConfig(
         dataset_path=str(tmp_path), token_encoding="bytes", holdout_fraction=1e-9
     )
     (made,) = prepare([str(source)], config, lambda so_far: seen.append(so_far.documents))
-    shards = made.shards
-    assert [shard["name"] for shard in shards] == [f"shard-{i:05d}" for i in range(len(shards))]
+    shards = made.manifest["shards"]
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    assert [shard["name"] for shard in shards] == [
+        f"shard-{digest}-{index:04d}" for index in range(len(shards))
+    ]
     assert len(shards) > 5
     assert {shard["holdout_documents"] for shard in shards} == {1}
-    assert seen == list(range(1, 65))
+    assert seen == sorted(seen)
+    assert seen[-1] == 64
     train, held_out = split(made.path)
     assert sorted(train + held_out) == sorted(texts(64))
     assert train == [text for text in texts(64) if text not in held_out], "in their order"
@@ -344,13 +369,13 @@ def test_the_same_input_gives_the_same_bytes_in_every_process(
 
 
 def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "UNIT_SIZE", 100)
+    monkeypatch.setattr(units, "UNIT_SIZE", 100)
+    monkeypatch.setattr(reading, "SPAN_SIZE", 50)
     source = lines(tmp_path / "table.jsonl", "text", texts(64))
     config = PrepareConfig(dataset_path=str(tmp_path / "root"), token_encoding="bytes")
     seen = []
 
-    def look(so_far: Prepared) -> None:
-        assert not so_far.path.exists()
+    def look(_: Progress) -> None:
         assert not list(tmp_path.rglob(MANIFEST))
         seen.append(len(list(tmp_path.rglob("*.tokens.npy"))))
 
@@ -363,14 +388,13 @@ def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_source_that_breaks_off_leaves_nothing_and_replaces_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+    tmp_path: Path, overwrite: bool
 ) -> None:
     source = lines(tmp_path / "table.jsonl", "text", texts(64))
     before = prepared(source, tmp_path / "root").path if overwrite else None
     old = digests(before) if before else {}
     with source.open("a") as file:
         file.write("{broken\n")
-    monkeypatch.setattr(preparing, "UNIT_SIZE", 100)
     with pytest.raises(NopeError, match="this line is not JSON") as caught:
         prepared(source, tmp_path / "root", overwrite=overwrite)
     assert caught.value.where == f"{source}:65"
@@ -380,14 +404,15 @@ def test_a_source_that_breaks_off_leaves_nothing_and_replaces_nothing(
         verify(before, Dataset.open(before).manifest)
 
 
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    def interrupt(_: Prepared) -> None:
+def test_an_interrupt_before_anything_is_finished_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(_: Progress) -> None:
         raise KeyboardInterrupt
 
     source = lines(tmp_path / "table.jsonl", "text", texts(4))
     config = PrepareConfig(dataset_path=str(tmp_path / "root"), token_encoding="bytes")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="stopped before anything was finished") as caught:
         prepare([str(source)], config, interrupt)
+    assert caught.value.exit_code == 130
     assert names(tmp_path / "root") == []
 
 
@@ -406,7 +431,8 @@ def test_of_text_and_conversations_both_are_made_or_neither(tmp_path: Path) -> N
         ("text", "mixed-bpe-260"),
         ("chat", "mixed-chat-bpe-260"),
     ]
-    assert [data.vocabulary_size for data in made] == [260, 264]
+    sizes = [data.manifest["tokenizer"]["vocabulary_size"] for data in made]
+    assert sizes == [260, 264]
     first, second = (Dataset.open(data.path).tokenizer["fingerprint"] for data in made)
     assert first == second
     named = prepare([str(mixed)], config.changed(name="mine"))
@@ -418,16 +444,35 @@ def test_an_existing_data_set_is_refused_with_what_to_type(tmp_path: Path) -> No
     made = prepared(source, tmp_path / "root")
     old = digests(made.path)
     lines(source, "text", texts(5))
-    with pytest.raises(UsageError, match="this data set already exists") as caught:
+    with pytest.raises(UsageError, match="already exists, and the files of table") as caught:
         prepared(source, tmp_path / "root")
     assert caught.value.where == str(made.path)
     assert "--name" in str(caught.value.hint)
     assert "--overwrite" in str(caught.value.hint)
     assert digests(made.path) == old
-    assert prepared(source, tmp_path / "root", name="other").documents == 5
-    assert prepared(source, tmp_path / "root", overwrite=True).documents == 5
+    for more in ({"name": "other"}, {"overwrite": True}):
+        assert prepared(source, tmp_path / "root", **more).statistics["documents"] == 5
     assert digests(made.path) != old
     assert names(tmp_path / "root") == ["other", "table-bytes"]
+
+
+def test_preparing_the_same_again_changes_nothing(tmp_path: Path) -> None:
+    source = lines(tmp_path / "table.jsonl", "text", texts(4))
+    made = prepared(source, tmp_path / "root")
+    assert not made.existed
+    stamps = {path: path.stat().st_mtime_ns for path in made.path.iterdir()}
+    again = prepared(source, tmp_path / "root")
+    assert again.existed
+    assert again.manifest == Dataset.open(made.path).manifest
+    assert stamps == {path: path.stat().st_mtime_ns for path in made.path.iterdir()}
+    for name, value in (
+        ("holdout_fraction", 0.2),
+        ("max_tokens_per_sample", 9),
+        ("deduplicate", True),
+        ("token_encoding", "bpe:260"),
+    ):
+        with pytest.raises(UsageError, match=r"already exists, and its .* was .*, and is .* now"):
+            prepared(source, tmp_path / "root", **{"name": "table-bytes", name: value})
 
 
 def test_a_root_that_cannot_be_written_is_named_and_left_alone(tmp_path: Path) -> None:
@@ -459,7 +504,7 @@ for limit in map(int, sys.argv[1:]):
     try:
         (made,) = prepare(["text.txt"], config)
         array = Dataset.open(made.path).shards[0].tokens
-        seen[limit] = f"made {len(array)} of {made.tokens}"
+        seen[limit] = f"made {len(array)} of {made.statistics['tokens']}"
     except NopeError as error:
         seen[limit] = f"{type(error).__name__} {os.listdir(root)}"
     finally:
@@ -491,8 +536,12 @@ def test_a_full_disk_is_always_noticed_and_leaves_nothing(tmp_path: Path) -> Non
 Damage = Callable[[Path], object]
 
 
-def shorten(name: str, by: int = 1) -> Damage:
-    return lambda path: os.truncate(path / name, (path / name).stat().st_size - by)
+def shorten(pattern: str, by: int = 1) -> Damage:
+    def damage(path: Path) -> None:
+        (file,) = path.glob(pattern)
+        os.truncate(file, file.stat().st_size - by)
+
+    return damage
 
 
 def manifest_with(**values: Any) -> Damage:
@@ -506,12 +555,12 @@ def manifest_with(**values: Any) -> Damage:
 @pytest.mark.parametrize(
     ("damage", "error", "message", "place"),
     [
-        (shorten("shard-00000.tokens.npy"), NopeError, "00000.tokens.npy has .* bytes instead", ""),
-        (shorten("shard-00000.ends.npy"), NopeError, "shard-00000.ends.npy has .* bytes", ""),
+        (shorten("*.tokens.npy"), NopeError, "0000.tokens.npy has .* bytes instead", ""),
+        (shorten("*.ends.npy"), NopeError, "0000.ends.npy has .* bytes", ""),
         (
-            lambda path: (path / "shard-00000.ends.npy").unlink(),
+            lambda path: next(path.glob("*.ends.npy")).unlink(),
             NopeError,
-            "shard-00000.ends.npy is missing",
+            "0000.ends.npy is missing",
             "",
         ),
         (manifest_with(kind="checkpoint"), UsageError, "a checkpoint, not a dataset", ""),
@@ -533,7 +582,7 @@ def test_a_damaged_data_set_is_refused(
 
 def replace_shard(path: Path, content: bytes) -> Path:
     """Put something else in the place of a shard and let the manifest agree with its size."""
-    name = "shard-00000.tokens.npy"
+    name = f"{stem(path)}.tokens.npy"
     (path / name).write_bytes(content)
     files = json.loads((path / MANIFEST).read_text())["files"]
     files[name]["size"] = len(content)
@@ -651,7 +700,7 @@ def test_sources_are_subsets_of_their_own(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{name}.jsonl") for name in ("first", "second")]
     config = PrepareConfig(dataset_path="root", token_encoding="bytes", name="both")
     (made,) = prepare(paths, config)
-    assert [shard["source"] for shard in made.shards] == ["first", "second"]
+    assert [shard["source"] for shard in made.manifest["shards"]] == ["first", "second"]
     found = list(conversations(Dataset.open(made.path), subsets="second"))
     assert [shard.source for shard, _ in found] == ["second"]
 
@@ -664,9 +713,11 @@ def test_the_documentation_of_python_comes_back_from_its_tokens(tmp_path: Path) 
         "python-docs-chat-bpe-512",
     ]
     for made in (text, chat):
-        assert made.refused == 0
-        assert made.holdout_documents / made.documents == pytest.approx(0.01, abs=0.007)
-    assert text.characters / text.tokens > 1.5, "merges make text shorter"
+        stats = made.statistics
+        assert stats["refused"] == {}
+        assert stats["holdout_documents"] / stats["documents"] == pytest.approx(0.01, abs=0.007)
+    shorter = text.statistics["text_bytes"] / text.statistics["tokens"]
+    assert shorter > 1.5, "merges make text shorter"
     tokenizer, dataset = BaseTokenizer.load(text.path), Dataset.open(text.path)
     found = []
     for stream in (TokenStream(dataset), TokenStream(dataset, holdout=True)):

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from nope_gpt import __version__
-from nope_gpt.cli import chat, export, generate, prepare, pretrain, quickstart, size, tune
+from nope_gpt.cli import chat, export, generate, inspect, prepare, pretrain, quickstart, size, tune
 from nope_gpt.cli.options import normalize
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ USE = "Use a model"
 
 app.command("quickstart", rich_help_panel=MAKE)(quickstart.command)
 app.command("prepare", rich_help_panel=MAKE)(prepare.command)
+app.command("inspect", rich_help_panel=USE)(inspect.command)
 app.command("pretrain", rich_help_panel=MAKE)(pretrain.command)
 app.command("tune", rich_help_panel=MAKE)(tune.command)
 app.command("export", rich_help_panel=MAKE)(export.command)

@@ -68,7 +68,8 @@ def announce(line: str) -> None:
 
 def prepare(root: Path) -> Path:
     """Text and conversations from python-docs; returns the root of the data sets."""
-    from nope_gpt.cli.prepare import Watcher, summary
+    from nope_gpt.cli.inspect import summary
+    from nope_gpt.cli.prepare import Watcher
     from nope_gpt.data import prepare as data
 
     datasets = root / "datasets"
@@ -81,7 +82,7 @@ def prepare(root: Path) -> Path:
     with Watcher() as watcher:
         made = data.prepare(["python-docs"], settings, watcher)
     for item in made:
-        say(f"  {summary(item)}", style="dim")
+        say(f"  {summary(item.manifest)}", style="dim")
     return datasets
 
 

@@ -9,7 +9,6 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -17,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nope_gpt.artifacts import MANIFEST, is_leftover
-from nope_gpt.data.shards import Dataset, EncodedDocument, Tokens, TokenStream, conversations
-from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.data.encoding import EncodedDocument, Tokens, cut, is_trained
+from nope_gpt.data.ordering import shuffled
+from nope_gpt.data.shards import Dataset, TokenStream, conversations
+from nope_gpt.errors import NopeError
 from nope_gpt.model import IGNORED
 
 T = TypeVar("T")
@@ -53,35 +53,6 @@ class Batches(Protocol):
     def holdout(self, limit: int, rank: int, world_size: int) -> Iterator[Batch]:
         """The hold-out, at most `limit` samples over all ranks."""
         ...
-
-
-def shuffled(index: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Send each index below `size` to another: a random permutation that is never stored.
-
-    Four rounds of a Feistel network over the smallest even number of bits that hold
-    `size`; what falls outside goes round again until it falls inside (Black and Rogaway,
-    "Ciphers with arbitrary finite domains", 2002).
-    """
-    half_bits = max((int(size - 1).bit_length() + 1) // 2, 1)
-    mask = np.uint64((1 << half_bits) - 1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(4, np.uint64)
-    result = index.astype(np.uint64)
-    outside = np.ones(result.shape, dtype=bool)
-    while outside.any():
-        value = result[outside]
-        left, right = value >> np.uint64(half_bits), value & mask
-        for key in keys:
-            left, right = right, left ^ (mixed(right ^ key) & mask)
-        result[outside] = (left << np.uint64(half_bits)) | right
-        outside = result >= size
-    return result.astype(np.int64)
-
-
-def mixed(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64 bits: the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 class TextBatches:
@@ -214,7 +185,7 @@ class ChatBatches:
             is_long = document.tokens.size > self.limit + 1
             if is_long:
                 document = cut(document, self.limit + 1, self.message_start)
-            if (is_long and filter_long) or not trained(document):
+            if (is_long and filter_long) or not is_trained(document):
                 self.num_refused += 1
             else:
                 self.num_cut += is_long
@@ -276,75 +247,3 @@ def batch_of(
         if mask is not None:
             targets[row, : mask.size - 1][mask[1:] == 0] = IGNORED
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
-
-
-def cut(document: EncodedDocument, size: int, message_start: int) -> EncodedDocument:
-    """Keep the whole messages among the first `size` tokens."""
-    starts = np.flatnonzero(document.tokens == message_start)
-    inside = starts[starts <= size]
-    end = int(inside[-1]) if inside.size else 0
-    assert document.mask is not None
-    return EncodedDocument(document.tokens[:end], document.mask[:end])
-
-
-def trained(document: EncodedDocument) -> bool:
-    """Whether a conversation has a token to train on after its first."""
-    return document.mask is not None and bool(document.mask[1:].any())
-
-
-def find_dataset(
-    root: Path,
-    name: str | None,
-    fineweb: tuple[str | None, str | None] = (None, None),
-    content: str = "text",
-) -> Path:
-    """The directory of the data set that a command means.
-
-    Args:
-        root: The root of the data sets, or one data set's own directory.
-        name: The one in the root.
-        fineweb: Subset and encoding, where those name it.
-        content: "text" or "chat": what it must hold if nobody names it.
-
-    Raises:
-        MissingError: It is not there, or none is; lists those that are.
-        UsageError: There are several and none was named.
-    """
-    if (root / MANIFEST).is_file():
-        if name and name != root.name:
-            raise UsageError(
-                f"--dataset is {name!r}, and --dataset-path is another data set",
-                where=str(root),
-                hint="give the root of the data sets, or leave --dataset out",
-            )
-        return root
-    manifests = root.glob(f"*/{MANIFEST}")
-    present = sorted(path.parent.name for path in manifests if not is_leftover(path.parent))
-    if not name and content == "text":
-        subset, encoding = fineweb
-        parts = ["fineweb", subset or "sample-10BT", encoding or "r50k_base"]
-        fineweb_name = "-".join(part for part in parts if part != "none")
-        if subset or encoding or fineweb_name in present:
-            name = fineweb_name
-    if name:
-        if name not in present:
-            listing = f"there are {', '.join(present)}" if present else "nor any other"
-            raise MissingError(
-                f"there is no data set {name!r}; {listing}",
-                where=str(root),
-                hint="nope prepare FILE, or choose one with --dataset",
-            )
-        return root / name
-    fitting = [name for name in present if Dataset.open(root / name).content == content]
-    if not fitting:
-        held = {"text": "text", "chat": "conversations"}[content]
-        raise MissingError(
-            f"there is no data set of {held}", where=str(root), hint="nope prepare python-docs"
-        )
-    if len(fitting) > 1:
-        raise UsageError(
-            f"there are several data sets: {', '.join(fitting)}",
-            where=str(root),
-            hint=f"choose one: --dataset {fitting[0]}",
-        )
-    return root / fitting[0]

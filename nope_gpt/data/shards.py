@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,49 +18,85 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nope_gpt.artifacts import read_manifest, write_array
+from nope_gpt.artifacts import array_file, read_manifest
+from nope_gpt.data.documents import CHAT, PREFERENCE, TEXT
+from nope_gpt.data.encoding import EncodedDocument, Tokens
 from nope_gpt.errors import MissingError, NopeError, UsageError
-
-Tokens = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
-class EncodedDocument:
-    """A document as tokens; for a conversation also which of them the model writes."""
+class Part:
+    """Documents that were encoded together, as raw numbers in work files.
 
-    tokens: Tokens
-    mask: NDArray[np.uint8] | None = None
+    Attributes:
+        lengths: Tokens of each document.
+        tokens: File of all tokens, one document after the other.
+        mask: File of which of them the model writes; not for text.
+    """
 
-
-def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
-    """The narrowest unsigned integer that holds every token of a vocabulary."""
-    return np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.uint32)
+    lengths: NDArray[np.int64]
+    tokens: str
+    mask: str
 
 
 def write_shard(
     directory: Path,
     name: str,
-    train: list[EncodedDocument],
-    holdout: list[EncodedDocument],
+    parts: list[Part],
+    train: NDArray[np.bool_],
+    holdout: NDArray[np.bool_],
     dtype: np.dtype[Any],
-) -> dict[str, int | str]:
-    """Write one shard; returns its entry in the manifest."""
-    documents = train + holdout
-    lengths = [document.tokens.size for document in documents]
-    tokens = np.concatenate([document.tokens for document in documents])
-    write_array(directory / f"{name}.tokens.npy", tokens.astype(dtype))
-    write_array(directory / f"{name}.ends.npy", np.cumsum(lengths, dtype=np.int64))
-    masks = [document.mask for document in documents if document.mask is not None]
-    if masks:
-        write_array(directory / f"{name}.mask.npy", np.concatenate(masks))
-    num_train_tokens = sum(lengths[: len(train)])
+    content: str,
+) -> dict[str, Any]:
+    """Write one shard, part after part, so that memory does not grow with it.
+
+    Args:
+        directory: Of the data set.
+        name: Of the shard.
+        parts: The documents.
+        train: Which documents to train on; they come first.
+        holdout: Which documents are held out; what is neither is left out.
+        dtype: Of the tokens.
+        content: Everything but "text" has a mask.
+
+    Returns:
+        The shard's entry in the manifest, with the size and sha256 of its `files`.
+    """
+    lengths = np.concatenate([part.lengths for part in parts])
+    sizes = [lengths[which] for which in (train, holdout)]
+    num_tokens = int(sum(size.sum() for size in sizes))
+    ends = np.cumsum(np.concatenate(sizes), dtype=np.int64)
+    written = []
+    with array_file(directory / f"{name}.ends.npy", ends.dtype, ends.size) as file:
+        file.write(ends)
+        written.append(file)
+    kinds = {"tokens": dtype} | ({} if content == TEXT else {"mask": np.dtype(np.uint8)})
+    for kind, kind_dtype in kinds.items():
+        with array_file(directory / f"{name}.{kind}.npy", kind_dtype, num_tokens) as file:
+            for values in selected(parts, kind, kind_dtype, (train, holdout)):
+                file.write(values)
+            written.append(file)
     return {
         "name": name,
-        "train_documents": len(train),
-        "train_tokens": num_train_tokens,
-        "holdout_documents": len(holdout),
-        "holdout_tokens": sum(lengths) - num_train_tokens,
+        "train_documents": int(train.sum()),
+        "train_tokens": int(sizes[0].sum()),
+        "holdout_documents": int(holdout.sum()),
+        "holdout_tokens": int(sizes[1].sum()),
+        "files": {file.name: file.description for file in written},
     }
+
+
+def selected(
+    parts: list[Part], kind: str, dtype: np.dtype[Any], selections: Iterable[NDArray[np.bool_]]
+) -> Iterator[NDArray[Any]]:
+    """The numbers of the selected documents, part after part, for each selection in turn."""
+    for selection in selections:
+        first = 0
+        for part in parts:
+            wanted = selection[first : first + part.lengths.size]
+            first += part.lengths.size
+            if wanted.any():
+                yield np.fromfile(getattr(part, kind), dtype)[np.repeat(wanted, part.lengths)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +108,10 @@ class Shard:
     source: str
     train_documents: int
     train_tokens: int
+    num_documents: int
+    num_tokens: int
     vocabulary_size: int
+    has_mask: bool
 
     @functools.cached_property
     def tokens(self) -> Tokens:
@@ -113,7 +152,8 @@ class Shard:
     def document(self, index: int) -> EncodedDocument:
         start = int(self.ends[index - 1]) if index else 0
         end = int(self.ends[index])
-        return EncodedDocument(self.read(start, end), np.asarray(self.mask[start:end]))
+        mask = np.asarray(self.mask[start:end]) if self.has_mask else None
+        return EncodedDocument(self.read(start, end), mask)
 
 
 @dataclass(frozen=True)
@@ -164,10 +204,20 @@ class Dataset:
                 source=entry["source"],
                 train_documents=entry["train_documents"],
                 train_tokens=entry["train_tokens"],
+                num_documents=entry["train_documents"] + entry["holdout_documents"],
+                num_tokens=entry["train_tokens"] + entry["holdout_tokens"],
                 vocabulary_size=self.tokenizer["vocabulary_size"],
+                has_mask=self.content != TEXT,
             )
             for entry in self.manifest["shards"]
         ]
+
+    @property
+    def sides(self) -> list[tuple[Shard, ...]]:
+        """The shards; of pairs, those of the better answers beside those of the worse."""
+        if self.content != PREFERENCE:
+            return [(shard,) for shard in self.shards]
+        return list(zip(self.shards[::2], self.shards[1::2], strict=True))
 
     def require(self, content: str) -> Dataset:
         """Return this data set if it holds text, or conversations, as a command needs.
@@ -176,11 +226,12 @@ class Dataset:
             UsageError: It holds the other.
         """
         if self.content != content:
-            held = {"text": "text", "chat": "conversations"}[self.content]
-            command = {"text": "nope pretrain", "chat": "nope tune"}[self.content]
-            raise UsageError(
-                f"this data set holds {held}", where=str(self.path), hint=f"`{command}` uses it"
-            )
+            held, hint = {
+                TEXT: ("text", "`nope pretrain` uses it"),
+                CHAT: ("conversations", "`nope tune` uses it"),
+                PREFERENCE: ("pairs of answers", "give a data set of text or conversations"),
+            }[self.content]
+            raise UsageError(f"this data set holds {held}", where=str(self.path), hint=hint)
         return self
 
 
@@ -198,7 +249,7 @@ class TokenStream:
         for shard in dataset.shards:
             start, end = 0, shard.train_tokens
             if holdout:
-                start, end = end, shard.tokens.size
+                start, end = end, shard.num_tokens
             if end > start:
                 self.stretches.append((shard, start, end))
         sizes = [end - start for _, start, end in self.stretches]
@@ -241,5 +292,5 @@ def conversations(
         if "all" in chosen or shard.source in chosen:
             first, last = 0, shard.train_documents
             if holdout:
-                first, last = last, len(shard.ends)
+                first, last = last, shard.num_documents
             yield from ((shard, index) for index in range(first, last))

@@ -21,11 +21,11 @@ from nope_gpt.device import Ranks, autocast, seed_of
 from nope_gpt.errors import Interrupted, NopeError
 from nope_gpt.evaluation import summed_loss
 from nope_gpt.model import NoPEGPT
+from nope_gpt.signals import StopRequest, exit_code_of
 from nope_gpt.training import checkpoints, distribution
 from nope_gpt.training.optimization import make_optimizers, schedule, set_learning_rate
 from nope_gpt.training.reporting import EvaluationReport, Listener, StepReport
 from nope_gpt.training.runs import Run
-from nope_gpt.training.signals import StopRequest, exit_code_of
 
 
 @dataclass(frozen=True)

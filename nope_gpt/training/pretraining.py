@@ -9,7 +9,8 @@ import torch
 
 from nope_gpt import hub
 from nope_gpt.config import ModelConfig, ModelShape, PretrainConfig
-from nope_gpt.data.batches import TextBatches, find_dataset
+from nope_gpt.data.batches import TextBatches
+from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
 from nope_gpt.device import resolve_precision
 from nope_gpt.model import NoPEGPT

@@ -10,7 +10,8 @@ from torch import Tensor
 from nope_gpt import hub, lora
 from nope_gpt.artifacts import describe, write_tensors
 from nope_gpt.config import TuneConfig
-from nope_gpt.data.batches import ChatBatches, find_dataset
+from nope_gpt.data.batches import ChatBatches
+from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
 from nope_gpt.device import resolve_precision
 from nope_gpt.errors import UsageError

@@ -1,0 +1,60 @@
+"""The Hugging Face Hub as far as it can fail: its refusals become our errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nope_gpt.errors import MissingError, NetworkError
+
+
+@contextmanager
+def contacting(kind: str, repo_id: str, hint: str) -> Iterator[None]:
+    """Turn what the Hub or the network refuses into an error that says what to do.
+
+    Args:
+        kind: "model" or "data set".
+        repo_id: Its id.
+        hint: What to do without a network.
+
+    Raises:
+        MissingError: There is no such repository, or it asks for a login.
+        NetworkError: The Hub cannot be reached.
+    """
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    folder = "datasets/" if kind == "data set" else ""
+    where = f"https://huggingface.co/{folder}{repo_id}"
+    try:
+        yield
+    except GatedRepoError:
+        raise MissingError(
+            f"this {kind} asks you to accept its terms", where=where, hint="hf auth login"
+        ) from None
+    except RevisionNotFoundError:
+        raise MissingError(
+            f"this {kind} has no such revision", where=where, hint="leave the revision out"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise MissingError(
+            f"there is no such directory here and no such {kind} on the Hub "
+            f"({type(error).__name__})",
+            where=repo_id,
+            hint=f"check the name; a private {kind} needs `hf auth login`",
+        ) from None
+    except LocalEntryNotFoundError as error:  # An EntryNotFoundError too, in name only.
+        raise NetworkError(f"the Hub cannot be reached: {error}", where=where, hint=hint) from None
+    except EntryNotFoundError as error:
+        raise MissingError(f"this {kind} lacks a file: {error}", where=where) from None
+    except (HfHubHTTPError, OfflineModeIsEnabled, HTTPError, OSError) as error:
+        raise NetworkError(f"the Hub cannot be reached: {error}", where=where, hint=hint) from None
