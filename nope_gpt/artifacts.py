@@ -237,6 +237,15 @@ def is_artifact(path: Path) -> bool:
     return not names or MANIFEST in names or {"config.json", "model.safetensors"} <= names
 
 
+def is_kind(path: Path, kind: str) -> bool:
+    """Whether a directory has a manifest that says it is of a kind, whole or damaged."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return bool(manifest["kind"] == kind)
+    except DAMAGE:
+        return False
+
+
 def is_leftover(path: Path) -> bool:
     """Whether a killed program left this beside the place it was to have."""
     return re.search(r"\.(tmp|old)-\d+$", path.name) is not None

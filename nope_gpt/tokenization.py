@@ -413,7 +413,10 @@ def resolve(spec: str, texts: Iterable[str]) -> BaseTokenizer:
 def name_of(spec: str) -> str:
     """What the tokenizer that `--token-encoding` asks for is called, before it is trained."""
     kind, _, size = spec.partition(":")
-    return bpe_name(int(size)) if kind == "bpe" and size.isdecimal() else resolve(spec, ()).name
+    if kind == "bpe" and size.isdecimal():
+        return bpe_name(int(size))
+    is_known = spec in tiktoken.list_encoding_names() and not Path(spec).is_dir()
+    return spec if is_known else resolve(spec, ()).name
 
 
 def bpe_name(vocabulary_size: int) -> str:

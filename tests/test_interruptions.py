@@ -121,7 +121,7 @@ def watch_writes(visit: Counted) -> None:
     for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
         around(os, name)
     around(ArrayFile, "append")
-    around(units, "joined")
+    around(units.WorkFile, "write")
 
 
 def killed_at(moment: int) -> Counted:

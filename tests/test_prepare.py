@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -416,15 +417,18 @@ def test_an_interrupt_before_anything_is_finished_leaves_nothing(tmp_path: Path)
     assert names(tmp_path / "root") == []
 
 
-def test_of_text_and_conversations_both_are_made_or_neither(tmp_path: Path) -> None:
+def test_text_and_conversations_are_a_data_set_each_unless_one_is_empty(tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     (mixed / "a.txt").write_text("Some text.")
     lines(mixed / "b.jsonl", "messages", [MUTE])
     config = PrepareConfig(dataset_path=str(tmp_path / "root"), token_encoding="bpe:260")
-    with pytest.raises(NopeError, match="nothing to train on"):
-        prepare([str(mixed)], config)
-    assert not (tmp_path / "root").exists() or names(tmp_path / "root") == []
+    notes: list[str] = []
+    (alone,) = prepare([str(mixed)], config, lambda progress: notes.extend(progress.notes))
+    assert alone.path.name == "mixed-bpe-260"
+    assert "there is no data set of chat: there is nothing to train on; refused: 1" in notes[-1]
+    assert names(tmp_path / "root") == ["mixed-bpe-260"]
+    shutil.rmtree(alone.path)
     lines(mixed / "b.jsonl", "messages", [CHAT])
     made = prepare([str(mixed)], config)
     assert [(data.content, data.path.name) for data in made] == [

@@ -12,17 +12,22 @@ from typing import Any
 import pytest
 
 from nope_gpt.config import PrepareConfig
+from nope_gpt.data.corpus import groups_of
 from nope_gpt.data.documents import MESSAGES, PAIRS, document_of
-from nope_gpt.data.planning import base_name, groups_of, plain
+from nope_gpt.data.planning import base_name, plain
 from nope_gpt.data.reading import PLAIN_TEXT, rows, spans
 from nope_gpt.data.sources import Request, Source, open_sources
 from nope_gpt.errors import MissingError, UsageError
+
+NOTES: list[str] = []
+"""What was left out, of all sources that were opened."""
 
 CHAT = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
 
 
 def opened(*names: object, column: str = "text", spool: str = "spool") -> list[Source]:
-    return open_sources(Request([str(name) for name in names], column), Path(spool))
+    request = Request([str(name) for name in names], column)
+    return open_sources(request, Path(spool), NOTES.append)
 
 
 def documents(source: Source) -> list[Any]:
@@ -84,7 +89,7 @@ def test_a_file_with_the_bytes_of_an_earlier_one_is_read_once(tmp_path: Path) ->
         (tmp_path / name).write_text("same" if name != "c.txt" else "other")
     (source,) = opened(tmp_path)
     assert [file.name for file in source.files] == ["a.txt", "c.txt"]
-    assert source.num_repeats == 1
+    assert NOTES[-1] == f"left out of {tmp_path.name}: 1 file is the same as an earlier one"
 
 
 def test_standard_input_is_kept_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,14 +19,14 @@ from nope_gpt.artifacts import (
 )
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data.deduplication import repeated
-from nope_gpt.data.documents import TEXT
+from nope_gpt.data.documents import CONTENTS, TEXT
 from nope_gpt.data.encoding import token_dtype
 from nope_gpt.data.planning import num_cores
 from nope_gpt.data.report import statistics
 from nope_gpt.data.schedule import Group, Schedule, workers
 from nope_gpt.data.shards import Dataset
 from nope_gpt.data.staging import Json, Staging
-from nope_gpt.data.units import HOLDOUT_RULE, Unit
+from nope_gpt.data.units import HOLDOUT_RULE, Unit, documents_file
 from nope_gpt.errors import MissingError, NopeError
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
@@ -51,10 +51,11 @@ class Prepared:
 def commit(
     staging: Staging,
     groups: list[Group],
-    targets: dict[str, Path],
+    place: Callable[[list[str]], dict[str, Path]],
     recipe: Json,
     config: PrepareConfig,
     schedule: Callable[[Any, int], Schedule],
+    note: Callable[[str], None],
 ) -> list[Prepared]:
     """Give the data sets their manifests and their places.
 
@@ -64,28 +65,32 @@ def commit(
     Args:
         staging: What was encoded.
         groups: All of them, in order.
-        targets: The place of the data set of each content.
+        place: Says where the data set of each content goes.
         recipe: What they were made by.
         config: How.
         schedule: Makes a schedule for an executor of so many processes.
+        note: Told what is left out.
 
     Raises:
         MissingError: A group is not finished.
+        UsageError: Something else is where a data set belongs.
         NopeError: There is nothing to train on.
     """
-    records = finished_units(staging, groups)
-    found = {each: [r for r in records if r["content"] == each] for each in targets}
-    try:
-        for mine in found.values():
-            refuse_nothing(mine, [source["name"] for source in recipe["sources"]])
-    except NopeError:
+    found = by_content(finished_units(staging, groups))
+    empty = [content for content, mine in found.items() if not documents_in(mine)]
+    if len(empty) == len(found):
+        records = [record for mine in found.values() for record in mine]
         staging.remove()  # It would end no other way.
-        raise
+        raise nothing(records, [source["name"] for source in recipe["sources"]])
+    for content in empty:
+        problem = nothing(found.pop(content), [])
+        note(f"there is no data set of {content}: {problem.what}")
+    targets = place(list(found))
     if config.deduplicate:
         for content, mine in found.items():
             deduplicate(staging, content, mine, config, schedule)
-        records = finished_units(staging, groups)
-        found = {each: [r for r in records if r["content"] == each] for each in targets}
+        again = by_content(finished_units(staging, groups))
+        found = {content: again[content] for content in targets}
     waiting = [content for content in targets if staging.has_dataset(content)]
     for content in waiting:
         directory = staging.dataset(content)
@@ -117,11 +122,23 @@ def finished_units(staging: Staging, groups: list[Group]) -> list[Json]:
     return [staging.unit(name) for group in groups for name in staging.units_in(group.name)]
 
 
-def refuse_nothing(records: list[Json], sources: list[str]) -> None:
-    """Check that something is left to train on."""
-    documents = sum(record["documents"] for record in records)
-    if documents:
-        return
+def by_content(records: list[Json]) -> dict[str, list[Json]]:
+    """Records of units, those of each content that there is."""
+    present = {record["content"] for record in records}
+    return {
+        content: [record for record in records if record["content"] == content]
+        for content in CONTENTS
+        if content in present
+    }
+
+
+def documents_in(records: list[Json]) -> int:
+    """Documents that are left to train on."""
+    return sum(record["documents"] for record in records)
+
+
+def nothing(records: list[Json], sources: list[str]) -> NopeError:
+    """Why nothing is left to train on."""
     refused: dict[str, Json] = {}
     for record in records:
         for reason, (count, where) in record["refused"].items():
@@ -130,7 +147,7 @@ def refuse_nothing(records: list[Json], sources: list[str]) -> None:
         f"{entry['count']:,} with {reason} (first: {entry['first']})"
         for reason, entry in refused.items()
     )
-    raise NopeError(
+    return NopeError(
         f"there is nothing to train on; refused: {reasons}" if refused else "the corpus is empty",
         where=", ".join(sources),
         hint="give files that hold text, or conversations with an answer",
@@ -145,7 +162,7 @@ def deduplicate(
     schedule: Callable[[Any, int], Schedule],
 ) -> None:
     """Finish the units of a content without the documents that repeat an earlier one."""
-    tables = [[staging.work / f"{work}.documents" for work in each["works"]] for each in records]
+    tables = [[documents_file(staging.work / work) for work in each["works"]] for each in records]
     todo = [
         (record, dropped)
         for record, dropped in zip(records, repeated(tables), strict=True)

@@ -34,9 +34,12 @@ def repeated(tables: list[list[Path]], memory: int = MEMORY) -> list[NDArray[np.
     found: list[list[NDArray[np.int64]]] = [[] for _ in tables]
     for index in range(num_ranges):
         low, high = (2**64 * place // num_ranges for place in (index, index + 1))
-        for unit, number in zip(*repeated_between(tables, low, high - 1), strict=True):
-            found[unit].append(number)
-    return [np.sort(np.array(numbers, np.int64)) for numbers in found]
+        units, numbers = repeated_between(tables, low, high - 1)
+        order = np.argsort(units, kind="stable")
+        cuts = np.searchsorted(units[order], np.arange(1, len(tables)))
+        for unit, part in enumerate(np.split(numbers[order], cuts) if tables else []):
+            found[unit].append(part)
+    return [np.sort(np.concatenate(parts)) for parts in found]
 
 
 def repeated_between(

@@ -84,6 +84,12 @@ class Downloads:
         """Where a file lies once it is here: a name of its content, not of its address."""
         return self.directory / f"{remote.digest.partition(':')[2][:16]}{Path(remote.path).suffix}"
 
+    def missing(self, remote: Remote) -> int:
+        """Bytes of a file that are not here."""
+        path = self.path_of(remote)
+        here = max(size_of(path), size_of(path.with_name(f"{path.name}.part")))
+        return max(remote.size - here, 0)
+
     def fetch(self, remote: Remote) -> Path:
         """Return the file's place, downloading what is missing of it.
 

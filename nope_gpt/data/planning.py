@@ -5,26 +5,37 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nope_gpt import tokenization
-from nope_gpt.artifacts import FORMAT_VERSION
+from nope_gpt.artifacts import FORMAT_VERSION, is_leftover
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data import catalog, units
+from nope_gpt.data.documents import TEXT
+from nope_gpt.data.downloads import Downloads
 from nope_gpt.data.encoding import TEMPLATE, token_dtype
-from nope_gpt.data.schedule import Group
+from nope_gpt.data.schedule import FILES_AHEAD, Group
 from nope_gpt.data.sources import STANDARD_INPUT, Source, is_on_hub
-from nope_gpt.errors import UsageError
-from nope_gpt.tokenization import BaseTokenizer
+from nope_gpt.data.staging import SUFFIX, Part
+from nope_gpt.errors import CapacityError, UsageError
+from nope_gpt.sizing import format_bytes
+from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 UNPACKED = 1.64
 """Bytes of text in a byte of .parquet: 200,000 documents of FineWeb are 687 MB in 420 MB."""
 
 SMALLEST_SHARE = 16 * 1000 * 1000
 """Bytes of files for which another process is worth its start."""
+
+FILES_AT_ONCE = FILES_AHEAD + 1
+"""Groups of downloaded files that are on the disk at a time: those to come, and the one at work."""
+
+WHOLE: Part = (0, 1)
+"""The one part of one."""
 
 Json = dict[str, Any]
 
@@ -34,11 +45,12 @@ class Estimate:
     """What a preparation takes.
 
     Attributes:
-        files: How many, of which those of the Hub are to be downloaded.
-        download_bytes: Exact.
+        files: How many are left to do.
+        download_bytes: What of them is on the Hub and not here yet; exact.
         text_bytes: About; exact for plain text.
         tokens: About.
-        disk_bytes: About, at the most.
+        disk_bytes: About, at the most, for what is encoded.
+        kept_bytes: About, at the most, for downloads.
         seconds: Of encoding, about, on this machine's cores.
     """
 
@@ -47,6 +59,7 @@ class Estimate:
     text_bytes: int
     tokens: int
     disk_bytes: int
+    kept_bytes: int
     seconds: float
 
 
@@ -60,6 +73,11 @@ def base_name(names: list[str], config: PrepareConfig) -> str:
         raise UsageError(
             f"--name is {name!r}, and must be a plain name",
             hint="use letters, digits, dots, dashes and underscores",
+        )
+    if name.endswith(SUFFIX) or is_leftover(Path(name)):
+        raise UsageError(
+            f"--name is {name!r}, and names that end so are of unfinished work",
+            hint=f"for example: --name {plain(name.split('.')[0])}",
         )
     return name
 
@@ -83,44 +101,48 @@ def plain(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
 
 
-def part_of(config: PrepareConfig) -> tuple[int, int]:
-    """Which part of the files is this process's, and of how many.
+ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
+RANKS = ("RANK", "WORLD_SIZE")
+
+
+def part_of(config: PrepareConfig) -> tuple[Part, str]:
+    """Which part of the files is this process's, and of how many; and what says so.
+
+    Returns:
+        The part, and the names of the variables that it is from, if it is from any.
 
     Raises:
-        UsageError: --shard is not I/N.
+        UsageError: It is not I/N.
     """
-    given = config.shard
-    if given is None:
-        for index, count in (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-                             ("RANK", "WORLD_SIZE")):  # fmt: skip
-            if index in os.environ and count in os.environ:
-                first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")) if "SLURM" in index else 0
-                given = f"{int(os.environ[index]) - first}/{os.environ[count]}"
-                break
-        else:
-            return 0, 1
-    match = re.fullmatch(r"(\d+)/(\d+)", given)
-    if not match or not int(match[1]) < int(match[2]):
-        raise UsageError(
-            f"--shard is {given!r}, and must be I/N with I from 0 to N - 1",
-            hint="the first of four machines: --shard 0/4",
+    if config.shard is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", config.shard)
+        if not match or not int(match[1]) < int(match[2]):
+            raise UsageError(
+                f"--shard is {config.shard!r}, and must be I/N with I from 0 to N - 1",
+                hint="the first of four machines: --shard 0/4",
+            )
+        return (int(match[1]), int(match[2])), ""
+    for names in (ARRAY, RANKS):
+        values = [os.environ.get(name, "") for name in names]
+        if not all(values):
+            continue
+        origin = " and ".join(names)
+        first, step = (
+            os.environ.get(f"SLURM_ARRAY_TASK_{name}", default) if names == ARRAY else default
+            for name, default in (("MIN", "0"), ("STEP", "1"))
         )
-    return int(match[1]), int(match[2])
-
-
-def groups_of(sources: list[Source]) -> list[Group]:
-    """Files that are fetched and encoded together: small ones of a source in a row."""
-    result: list[Group] = []
-    for source in sources:
-        files: list[Any] = []
-        for file in source.files:
-            if files and sum(each.size for each in files) + file.size > units.UNIT_SIZE:
-                result.append(Group(len(result), source.name, tuple(files)))
-                files = []
-            files.append(file)
-        if files:
-            result.append(Group(len(result), source.name, tuple(files)))
-    return result
+        try:
+            index, rest = divmod(int(values[0]) - int(first), int(step))
+            count = int(values[1])
+        except (ValueError, ZeroDivisionError):
+            index, rest, count = 0, 1, 0
+        if rest or not 0 <= index < count:
+            raise UsageError(
+                f"{origin} are {values[0]!r} and {values[1]!r}, which is no part of the work",
+                hint="say it: --shard 0/4 is the first of four",
+            )
+        return (index, count), origin
+    return WHOLE, ""
 
 
 def recipe_of(sources: list[Source], config: PrepareConfig) -> Json:
@@ -144,10 +166,13 @@ def recipe_of(sources: list[Source], config: PrepareConfig) -> Json:
     }
 
 
-def without_files(recipe: Json) -> Json:
-    """A recipe but for the files: what decides the bytes of a unit, with its own file."""
-    sources = [{k: v for k, v in each.items() if k != "files"} for each in recipe["sources"]]
-    return recipe | {"sources": sources}
+def has_same_plan(old: Json, new: Json) -> bool:
+    """Whether two recipes differ in their files alone, so that those that stayed give the same."""
+    plans = []
+    for recipe in (old, new):
+        sources = [{k: v for k, v in each.items() if k != "files"} for each in recipe["sources"]]
+        plans.append((recipe["settings"], sources))
+    return plans[0] == plans[1]
 
 
 def difference(old: Json | None, new: Json) -> str:
@@ -185,32 +210,72 @@ def bytes_per_token(config: PrepareConfig) -> float:
     return 3.0 if config.token_encoding.startswith("bpe:") else 4.0
 
 
-def text_in(group: Group) -> int:
-    """Bytes of text in files, about."""
-    return sum(
-        int(file.size * (UNPACKED if file.name.endswith(".parquet") else 1.0))
-        for file in group.files
-    )
+def text_in(group: Group) -> float:
+    """Bytes of text that is taken of files, about."""
+    packed = (UNPACKED if file.name.endswith(".parquet") else 1.0 for file in group.files)
+    size = sum(file.size * ratio for file, ratio in zip(group.files, packed, strict=True))
+    return size * group.source.share.weight
 
 
-def estimate(
-    groups: list[Group], sources: list[Source], config: PrepareConfig, keeps_downloads: bool
-) -> Estimate:
-    """What it takes to encode groups of files."""
-    shares = {source.name: source.share.weight for source in sources}
-    text = int(sum(text_in(group) * shares[group.source] for group in groups))
+def estimate(groups: list[Group], config: PrepareConfig, downloads: Downloads) -> Estimate:
+    """What it takes to encode groups of files, with what is downloaded already."""
+    text = int(sum(text_in(group) for group in groups))
     tokens = int(text / bytes_per_token(config))
-    remote = [sum(file.size for file in group.files if file.remote) for group in groups]
-    at_once = sum(remote) if keeps_downloads else sum(sorted(remote)[-4:])
-    size = token_dtype(1 << 20 if config.token_encoding.startswith(("cl", "o2")) else 1).itemsize
+    missing = [
+        (group, sum(downloads.missing(file.remote) for file in group.files if file.remote))
+        for group in groups
+    ]
+    download = sum(size for _, size in missing)
+    # What is counted before a share of it is taken stays till then; else a few at a time.
+    counted = sum(size for group, size in missing if not group.source.share.is_whole)
+    largest = sorted(size for group, size in missing if group.source.share.is_whole)
+    size = sum(bytes_in(group, config) for group in groups)
+    at_work = 0 if config.deduplicate else max((bytes_in(g, config) for g in groups), default=0)
     return Estimate(
         files=sum(len(group.files) for group in groups),
-        download_bytes=sum(remote),
+        download_bytes=download,
         text_bytes=text,
         tokens=tokens,
-        disk_bytes=at_once + tokens * size * (2 if config.deduplicate else 1),
+        disk_bytes=int(2 * size if config.deduplicate else size + 2 * at_work),
+        kept_bytes=download if config.download_path else counted + sum(largest[-FILES_AT_ONCE:]),
         seconds=text / (encoding_speed(config) * (config.num_dataset_processes or num_cores())),
     )
+
+
+def bytes_in(group: Group, config: PrepareConfig) -> float:
+    """Bytes of the shards of files, about: of tokens, and of masks unless they hold text."""
+    schemas = [file.schema for file in group.files]
+    mask = 0 if all(schema and schema.content == TEXT for schema in schemas) else 1
+    width = token_dtype(vocabulary_size(config)).itemsize + mask
+    return text_in(group) / bytes_per_token(config) * width
+
+
+def vocabulary_size(config: PrepareConfig) -> int:
+    """How many tokens there are, with those of the chat template, before one is trained."""
+    if config.token_encoding.startswith("bpe:"):
+        return int(config.token_encoding.removeprefix("bpe:"))
+    return ChatTokenizer(tokenization.resolve(config.token_encoding, ()).encoding).vocabulary_size
+
+
+def refuse_small_disk(needed: Estimate, root: Path, downloads: Path) -> None:
+    """Check that what is still to be written fits on the disk, or the two disks.
+
+    Raises:
+        CapacityError: It does not.
+    """
+    places = [nearest_directory(path) for path in (root, downloads)]
+    sizes = [needed.disk_bytes, needed.kept_bytes]
+    if places[0].stat().st_dev == places[1].stat().st_dev:
+        places, sizes = places[:1], [sum(sizes)]
+    for place, size in zip(places, sizes, strict=True):
+        free = shutil.disk_usage(place).free
+        if size > free:
+            raise CapacityError(
+                f"about {format_bytes(size)} are needed on this disk, and {format_bytes(free)} "
+                "are free",
+                where=str(place),
+                hint="free some space, choose another --dataset-path or a smaller --dataset-subset",
+            )
 
 
 def encoding_speed(config: PrepareConfig) -> float:

@@ -1,6 +1,6 @@
 """The verb `prepare`: sources to data sets of token shards.
 
-    names ──sources──▶ files ──planning──▶ groups ──schedule──▶ units ──commit──▶ NAME/
+    names ──sources──▶ files ──corpus──▶ units ──schedule──▶ shards ──commit──▶ NAME/
 
 Everything lies in NAME.partial until it is whole, so that the same command goes on after
 any interruption; `staging` tells what is there.
@@ -8,57 +8,47 @@ any interruption; `staging` tells what is there.
 
 from __future__ import annotations
 
-import shutil
+import functools
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nope_gpt import tokenization
-from nope_gpt.artifacts import MANIFEST, writing
+from nope_gpt.artifacts import MANIFEST, is_kind, writing
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data.commit import Prepared, commit
-from nope_gpt.data.documents import CONTENTS, Document, Refused, Schema, document_of, texts_of
+from nope_gpt.data.corpus import Corpus
+from nope_gpt.data.documents import CONTENTS, Refused, texts_of
 from nope_gpt.data.downloads import Downloads
 from nope_gpt.data.encoding import Limit, encode
 from nope_gpt.data.planning import (
+    WHOLE,
     Estimate,
     Json,
     base_name,
     difference,
     estimate,
-    groups_of,
-    nearest_directory,
+    has_same_plan,
     num_processes,
     part_of,
     recipe_of,
+    refuse_small_disk,
     source_label,
-    without_files,
 )
-from nope_gpt.data.reading import Selection, Span, rows, schema_in, spans, with_rows_counted
 from nope_gpt.data.samples import Sample
 from nope_gpt.data.schedule import Group, Progress, Schedule, workers
 from nope_gpt.data.shards import Dataset
-from nope_gpt.data.sources import File, Request, Source, open_sources
+from nope_gpt.data.sources import STANDARD_INPUT, Request, open_sources
 from nope_gpt.data.staging import SUFFIX, Staging
-from nope_gpt.data.units import Recipe, Unit, units_of
-from nope_gpt.errors import (
-    CapacityError,
-    Interrupted,
-    NetworkError,
-    NopeError,
-    UsageError,
-)
+from nope_gpt.data.units import Recipe
+from nope_gpt.errors import CapacityError, Interrupted, NetworkError, NopeError, UsageError
 from nope_gpt.signals import StopRequest, exit_code_of
 from nope_gpt.tokenization import ChatTokenizer
 
 TRAINING_TEXT = 64 * 1000 * 1000
 """Characters that a byte-pair tokenizer is trained on, at most: the first ones."""
-
-ALL = (0, 1)
-"""The one part of one."""
 
 Tell = Callable[[Progress], None]
 
@@ -87,17 +77,18 @@ def prepare(
         Interrupted: A signal ended it; what is finished is kept.
     """
     job = Preparation(names, config, tell)
-    part = ALL if merge else part_of(config)
-    with job.staging.locked(f"part-{part[0]}-of-{part[1]}", job.note):
-        try:
-            return job.run(part, merge)
-        except KeyboardInterrupt:
-            raise job.interrupted(130) from None
-        except (NetworkError, CapacityError) as error:
-            raise job.with_what_is_kept(error) from None
-        finally:
-            if part == ALL and not job.staging.is_worth_keeping:
-                job.staging.remove()
+    if merge:
+        job.part, job.part_origin = WHOLE, ""
+    try:
+        with job.staging.locked(job.part, job.note):
+            try:
+                return job.run(merge)
+            finally:
+                job.clear_up(merge)
+    except KeyboardInterrupt:
+        raise job.interrupted(130) from None
+    except (NetworkError, CapacityError) as error:
+        raise job.with_what_is_kept(error) from None
 
 
 def dry_run(names: list[str], config: PrepareConfig) -> Estimate:
@@ -109,9 +100,13 @@ def dry_run(names: list[str], config: PrepareConfig) -> Estimate:
     job = Preparation(names, config, lambda _: None)
     with tempfile.TemporaryDirectory() as spool:
         job.open(Path(spool))
-        part, count = part_of(config)
-        needed = estimate(job.groups[part::count], job.sources, config, job.keeps_downloads)
-    job.refuse_small_disk(needed)
+        index, count = job.part
+        plan = job.staging.plan() or {}
+        is_begun = plan.get("recipe") == recipe_of(job.corpus.sources, config)
+        mine = job.corpus.groups[index::count]
+        todo = [each for each in mine if not (is_begun and job.staging.has_group(each.name))]
+        needed = estimate(todo, config, job.downloads)
+    refuse_small_disk(needed, job.root, job.downloads.directory)
     return needed
 
 
@@ -122,11 +117,9 @@ def preview(names: list[str], config: PrepareConfig, count: int, tell: Tell) -> 
     with tempfile.TemporaryDirectory() as spool:
         job.open(Path(spool))
         base = tokenization.resolve(config.token_encoding, job.training_texts())
-        for source in job.sources:
+        for source in job.corpus.sources:
             left = count
-            for document in job.documents([source]):
-                if left == 0:
-                    break
+            for document in job.corpus.documents(source):
                 tokenizer = base if isinstance(document, str) else ChatTokenizer(base.encoding)
                 try:
                     streams, _ = encode(document, tokenizer, job.limit)
@@ -134,6 +127,10 @@ def preview(names: list[str], config: PrepareConfig, count: int, tell: Tell) -> 
                     continue
                 samples.append(Sample(source.name, tokenizer, streams))
                 left -= 1
+                if left == 0:
+                    break
+    if any(job.downloads.directory.glob("*")):
+        job.note(f"what was downloaded is kept in {job.downloads.directory} for `nope prepare`")
     return samples
 
 
@@ -154,18 +151,18 @@ class Preparation:
         self.root = Path(config.dataset_path).expanduser()
         self.base = base_name(names, config)
         self.staging = Staging(self.root / f"{self.base}{SUFFIX}")
+        self.was_there = self.staging.path.exists()
+        self.part, self.part_origin = part_of(config)
         self.limit = Limit(config.max_tokens_per_sample, config.filter_long_samples)
-        self.keeps_downloads = config.download_path is not None
         kept = Path(config.download_path).expanduser() if config.download_path else None
         self.downloads = Downloads(kept or self.staging.downloads, self.arrived)
-        self.selections: dict[Path, Selection] = {}
-        self.uses: Counter[str] = Counter()
 
-    def run(self, part: tuple[int, int], merge: bool) -> list[Prepared]:
+    def run(self, merge: bool) -> list[Prepared]:
         """Do what is left to do."""
+        self.refuse_parts()
         before = self.finished_manifest()
         self.open(self.staging.spool)
-        recipe = recipe_of(self.sources, self.config)
+        recipe = recipe_of(self.corpus.sources, self.config)
         if before and not self.config.overwrite:
             if before.get("recipe") != recipe:
                 raise UsageError(
@@ -174,88 +171,148 @@ class Preparation:
                     hint="train on it, choose another --name, or add --overwrite to replace it",
                 )
             existing = [self.root / name for name in before["made_with"]]
-            if all((path / MANIFEST).is_file() for path in existing):
-                self.staging.remove()
+            if all(made_by(recipe, path) for path in existing):
+                plan = self.staging.plan()
+                if self.part == WHOLE and (plan is None or plan["recipe"] == recipe):
+                    self.staging.remove()  # What a kill in the middle of that has left.
                 return [Prepared(path, Dataset.open(path).manifest, True) for path in existing]
         self.begin(recipe)
-        mine = [] if merge else self.groups[part[0] :: part[1]]
+        index, count = self.part
+        mine = [] if merge else self.corpus.groups[index::count]
         todo = [group for group in mine if not self.staging.has_group(group.name)]
         self.count(mine, todo)
-        targets = self.targets(recipe)
+        self.targets([], recipe)
         if todo:
-            self.encode(todo, part)
-        if part != ALL:
+            self.encode(todo)
+        if self.part != WHOLE:
             return []
-        return commit(self.staging, self.groups, targets, recipe, self.config, self.schedule)
+        groups = self.corpus.groups
+        place = functools.partial(self.targets, recipe=recipe)
+        return commit(self.staging, groups, place, recipe, self.config, self.schedule, self.note)
+
+    def refuse_parts(self) -> None:
+        """Check that this part fits to what is to be prepared, and to the other parts.
+
+        Raises:
+            UsageError: It does not.
+        """
+        index, count = self.part
+        if count == 1 and not self.part_origin:
+            return
+        if self.part_origin:
+            self.note(f"part {index} of {count}, from {self.part_origin}")
+        if STANDARD_INPUT in self.names and count > 1:
+            raise UsageError(
+                "standard input cannot be shared out",
+                where=self.part_origin or f"--shard {self.config.shard}",
+                hint="save it to a file first, or prepare all of it: --shard 0/1",
+            )
+        earlier = (self.staging.plan() or {}).get("parts", count)
+        if self.part_origin and earlier != count:
+            raise UsageError(
+                f"this was begun in {earlier} parts, and {self.part_origin} say {count}",
+                where=str(self.staging.path),
+                hint=f"say which part it is: --shard I/{earlier}",
+            )
+
+    def clear_up(self, merge: bool) -> None:
+        """Remove an unfinished preparation that holds nothing yet, unless others are at it."""
+        is_own = self.part == WHOLE and not (merge and self.was_there)
+        is_empty = is_own and not self.staging.is_worth_keeping
+        if is_empty and not self.staging.others_prepare(self.part):
+            self.staging.remove()
 
     def finished_manifest(self) -> Json | None:
         """The manifest of the data set that is there already, if there is one."""
         path = self.root / self.base
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return None
-        if not (path / MANIFEST).is_file():
-            raise UsageError(
-                "this holds something else, and is not replaced",
-                where=str(path),
-                hint="choose another --name",
-            )
-        return {} if self.config.overwrite else Dataset.open(path).manifest
+        refuse_other_things(path)
+        if self.config.overwrite:
+            return {}
+        try:
+            return Dataset.open(path).manifest
+        except NopeError as error:
+            error.hint = error.hint or "add --overwrite to replace it"
+            raise
 
     def open(self, spool: Path) -> None:
         """Find the sources; what an earlier run has pinned stays so."""
-        earlier = self.staging.plan() or self.finished_manifest() or {}
-        self.sources = open_sources(
-            Request(
-                self.names,
-                self.config.text_column,
-                self.config.dataset_subset,
-                self.config.dataset_split,
-                self.config.dataset_revision,
-                tuple((earlier.get("recipe") or {}).get("sources", ())),
-            ),
-            spool,
+        earlier = self.staging.plan() or {}
+        if self.config.overwrite != earlier.get("overwrite", False):
+            earlier = {}  # What is begun anew takes the newest.
+        if not earlier and not self.config.overwrite:
+            earlier = self.finished_manifest() or {}
+        request = Request(
+            self.names,
+            self.config.text_column,
+            self.config.dataset_subset,
+            self.config.dataset_split,
+            self.config.dataset_revision,
+            tuple((earlier.get("recipe") or {}).get("sources", ())),
         )
-        self.groups = groups_of(self.sources)
+        self.corpus = Corpus(
+            open_sources(request, spool, self.note),
+            self.config.text_column,
+            self.downloads,
+            self.staging,
+            keeps_downloads=self.config.download_path is not None,
+        )
 
     def begin(self, recipe: Json) -> None:
         """Take up an unfinished preparation of the same, or begin one."""
         plan = self.staging.plan()
         if plan and plan["recipe"] != recipe:
-            if without_files(plan["recipe"]) == without_files(recipe):
-                self.staging.forget_groups()  # Units of files that are as before stay.
-            elif not self.config.overwrite:
+            if self.staging.others_prepare(self.part):
+                raise UsageError(
+                    f"others prepare this, and {difference(plan['recipe'], recipe)}",
+                    where=str(self.staging.path),
+                    hint="repeat their settings, or choose another --name",
+                )
+            if has_same_plan(plan["recipe"], recipe):
+                self.staging.forget_groups()  # Units of files that are as before stay,
+                if not recipe["settings"]["tokenizer_fingerprint"]:
+                    self.staging.clear()  # unless their tokenizer follows from all files.
+            elif self.config.overwrite or not self.staging.has_units:
+                self.staging.clear()
+            else:
                 raise UsageError(
                     f"an unfinished preparation is here, and {difference(plan['recipe'], recipe)}",
                     where=str(self.staging.path),
                     hint="repeat its settings to go on with it, choose another --name, or add "
                     "--overwrite to begin anew",
                 )
-            else:
-                self.staging.clear()
-        self.staging.begin({"recipe": recipe})
+        count = self.part[1]
+        parts = {"parts": count} if count > 1 else {}
+        self.staging.begin({"recipe": recipe, "overwrite": self.config.overwrite} | parts)
 
-    def targets(self, recipe: Json) -> dict[str, Path]:
+    def targets(self, contents: list[str], recipe: Json) -> dict[str, Path]:
         """Where the data set of each content goes: the first has the plain name.
+
+        Args:
+            contents: What there is, if it is known; else what the files are known to hold.
+            recipe: What the data sets are made by.
 
         Raises:
             UsageError: Something else is there.
         """
-        found = set()
-        for source in self.sources:
-            for file in source.files[: None if source.files[0].schema else 1]:
-                schema = file.schema or self.schema_of(file, self.fetch(file))
-                found.add(schema.content)
-        contents = [content for content in CONTENTS if content in found]
+        known = {
+            file.schema.content
+            for source in self.corpus.sources
+            for file in source.files
+            if file.schema
+        }
         result: dict[str, Path] = {}
-        for content in contents:
+        for content in contents or [each for each in CONTENTS if each in known]:
             name = self.base
             if result:
                 label = self.base if self.config.name else source_label(self.names, self.config)
                 name = f"{label}-{content}{self.base.removeprefix(label)}"
             path = result[content] = self.root / name
-            if name == self.base or self.config.overwrite or not path.exists():
+            if not path.exists() or (path.is_dir() and not any(path.iterdir())):
                 continue
-            if Dataset.open(path).manifest.get("recipe") != recipe:
+            refuse_other_things(path)
+            if not self.config.overwrite and not made_by(recipe, path):
                 raise UsageError(
                     "this already exists",
                     where=str(path),
@@ -263,11 +320,12 @@ class Preparation:
                 )
         return result
 
-    def encode(self, todo: list[Group], part: tuple[int, int]) -> None:
+    def encode(self, todo: list[Group]) -> None:
         """Encode the groups of this machine that are not encoded yet."""
-        self.refuse_small_disk(estimate(todo, self.sources, self.config, self.keeps_downloads))
+        needed = estimate(todo, self.config, self.downloads)
+        refuse_small_disk(needed, self.root, self.downloads.directory)
         self.make_tokenizer()
-        self.choose_rows(part)
+        self.corpus.count_rows()
         width = num_processes(todo, self.config)
         with StopRequest() as stop, workers(width) as executor:
 
@@ -285,7 +343,6 @@ class Preparation:
         progress.done = progress.size - sum(group.size for group in todo)
         progress.files = sum(len(group.files) for group in mine)
         progress.files_done = progress.files - sum(len(group.files) for group in todo)
-        self.uses.update(file.digest for group in todo for file in group.files)
         progress.download_size = sum(
             file.size for group in todo for file in group.files if file.remote
         )
@@ -299,11 +356,10 @@ class Preparation:
             Recipe(self.staging.tokenizer, self.limit, self.config.holdout_fraction),
             executor,
             width,
-            fetch=self.fetch,
-            discard=self.discard,
+            fetch=self.corpus.fetch,
+            discard=self.corpus.discard,
             cancel=self.downloads.stopped.set,
-            plan=self.plan,
-            select=lambda span: self.selections.get(span.path),
+            plan=self.corpus.units_of,
             progress=self.progress,
             tick=tick,
             finish=not self.config.deduplicate,
@@ -337,95 +393,43 @@ class Preparation:
         if threading.current_thread() is threading.main_thread():
             self.tell(self.progress)
 
-    def fetch(self, file: File) -> Path:
-        """Where a file lies; downloads it first if need be."""
-        if file.path is not None:
-            return file.path
-        assert file.remote is not None
-        return self.downloads.fetch(file.remote)
-
-    def discard(self, file: File) -> None:
-        """Remove a downloaded file that is encoded."""
-        self.uses[file.digest] -= 1  # Two sources may have files with the same bytes.
-        if file.remote is not None and not self.keeps_downloads and not self.uses[file.digest]:
-            self.downloads.path_of(file.remote).unlink(missing_ok=True)
-
-    def schema_of(self, file: File, path: Path) -> Schema:
-        """What the rows of a file are."""
-        return file.schema or schema_in(path, self.config.text_column)
-
-    def spans_of(self, file: File, path: Path) -> list[Span]:
-        """The spans of a file that is here."""
-        return spans(path, file.name, file.shown, self.schema_of(file, path))
-
-    def plan(self, group: Group, paths: list[Path]) -> list[Unit]:
-        """The units of a group whose files are here."""
-        cut: list[Span] = []
-        for file, path in zip(group.files, paths, strict=True):
-            parts = self.spans_of(file, path)
-            cut += with_rows_counted(parts) if path in self.selections else parts
-        return units_of(group.source, list(group.files), cut)
-
     def make_tokenizer(self) -> None:
         """Save the tokenizer where the processes find it, training it if need be."""
         directory = self.staging.tokenizer
-        if (directory / tokenization.FILES[0]).is_file():
-            return
-        tokenizer = tokenization.resolve(self.config.token_encoding, self.training_texts())
-        with writing(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(directory)
+        with self.staging.exclusively():
+            if (directory / tokenization.FILES[0]).is_file():
+                return
+            tokenizer = tokenization.resolve(self.config.token_encoding, self.training_texts())
+            with writing(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(directory)
 
     def training_texts(self) -> Iterator[str]:
         """The beginning of the corpus, for a tokenizer to learn from."""
         remaining = TRAINING_TEXT
-        for document in self.documents(self.sources):
-            for text in texts_of(document):
-                yield text
-                remaining -= len(text)
-            if remaining <= 0:
-                return
+        for source in self.corpus.sources:
+            for document in self.corpus.documents(source):
+                for text in texts_of(document):
+                    yield text
+                    remaining -= len(text)
+                if remaining <= 0:
+                    return
 
-    def documents(self, sources: list[Source]) -> Iterator[Document]:
-        """The documents of sources, from the first file on."""
-        for source in sources:
-            for file in source.files:
-                for span in self.spans_of(file, self.fetch(file)):
-                    for _, row in rows(span):
-                        try:
-                            yield document_of(row, span.schema)
-                        except Refused:
-                            continue
 
-    def choose_rows(self, part: tuple[int, int]) -> None:
-        """Choose the rows of those sources of which only a share is wanted."""
-        for source in self.sources:
-            if source.share.is_whole:
-                continue
-            if source.share.cap is not None and part != ALL:
-                raise UsageError(
-                    "a number of rows (@) counts over all files, and --shard sees a part of them",
-                    where=source.name,
-                    hint="use a weight, such as NAME:0.5",
-                )
-            paths = [self.fetch(file) for file in source.files]
-            counts = [
-                sum(span.num_rows for span in with_rows_counted(self.spans_of(file, path)))
-                for file, path in zip(source.files, paths, strict=True)
-            ]
-            self.selections |= source.share.selections(source.files, paths, counts)
+def refuse_other_things(path: Path) -> None:
+    """Check that what lies in a place is a data set, so that it may be replaced.
 
-    def refuse_small_disk(self, needed: Estimate) -> None:
-        """Check that what is still to be written fits on the disk.
+    Raises:
+        UsageError: It is something else.
+    """
+    if not is_kind(path, "dataset"):
+        raise UsageError(
+            "this holds something else, and is not replaced",
+            where=str(path),
+            hint="choose another --name",
+        )
 
-        Raises:
-            CapacityError: It does not.
-        """
-        free = shutil.disk_usage(nearest_directory(self.root)).free
-        if needed.disk_bytes > free:
-            raise CapacityError(
-                f"about {needed.disk_bytes / 1e9:,.1f} GB are needed on this disk, and "
-                f"{free / 1e9:,.1f} GB are free",
-                where=str(self.root),
-                hint="free some space, choose another --dataset-path or a smaller --dataset-subset",
-            )
+
+def made_by(recipe: Json, path: Path) -> bool:
+    """Whether a data set is there that was made by a recipe."""
+    return (path / MANIFEST).is_file() and Dataset.open(path).manifest.get("recipe") == recipe

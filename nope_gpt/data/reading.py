@@ -43,6 +43,21 @@ Row = tuple[int, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Selection:
+    """A random choice of rows: so many of a file's, the same ones every time."""
+
+    num_rows: int
+    num_chosen: int
+    seed: int
+
+    def of(self, span: Span) -> NDArray[np.bool_]:
+        """For each row of a span whether it is chosen."""
+        numbers = np.arange(span.first_row, span.first_row + span.num_rows, dtype=np.int64)
+        chosen: NDArray[np.bool_] = shuffled(numbers, self.num_rows, self.seed, 0) < self.num_chosen
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
 class Span:
     """A part of a file.
 
@@ -56,6 +71,7 @@ class Span:
         size: Bytes of text in it, about.
         first_row: Rows before it, where rows are counted.
         num_rows: Rows in it, likewise.
+        selection: Which of the file's rows are taken, if not all.
     """
 
     path: Path
@@ -67,21 +83,7 @@ class Span:
     size: int
     first_row: int = 0
     num_rows: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """A random choice of rows: so many of a file's, the same ones every time."""
-
-    num_rows: int
-    num_chosen: int
-    seed: int
-
-    def of(self, span: Span) -> NDArray[np.bool_]:
-        """For each row of a span whether it is chosen."""
-        numbers = np.arange(span.first_row, span.first_row + span.num_rows, dtype=np.int64)
-        chosen: NDArray[np.bool_] = shuffled(numbers, self.num_rows, self.seed, 0) < self.num_chosen
-        return chosen
+    selection: Selection | None = None
 
 
 @contextmanager
@@ -104,8 +106,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def schema_in(path: Path, text_column: str) -> Schema:
+def schema_in(path: Path, text_column: str, where: str | None = None) -> Schema:
     """What a file holds, by its columns or its first row.
+
+    Args:
+        path: Of the file on this machine.
+        text_column: Which column holds text.
+        where: What an error calls the file, if not by its path.
 
     Raises:
         UsageError: It has no column that we know; lists those that are there.
@@ -118,17 +125,18 @@ def schema_in(path: Path, text_column: str) -> Schema:
         with opened(path) as file:
             columns = file.schema_arrow.names
     else:
-        whole = Span(path, path.name, str(path), PLAIN_TEXT, 0, path.stat().st_size, 0)
-        _, row = next(json_rows(whole), (0, None))
-        if row is None:
-            raise NopeError("this file is empty", where=str(path))
-        columns = list(row) if isinstance(row, dict) else []
+        shown = where or str(path)
+        whole = Span(path, path.name, shown, PLAIN_TEXT, 0, path.stat().st_size, 0)
+        first = next(json_rows(whole), None)
+        if first is None:
+            raise NopeError("this file is empty", where=shown)
+        columns = list(first[1]) if isinstance(first[1], dict) else []
     schema = schema_of(columns, text_column)
     if schema is None:
         raise UsageError(
             f"there is neither `messages` nor {text_column!r}; there are "
             f"{', '.join(columns) or 'no columns'}",
-            where=str(path),
+            where=where or str(path),
             hint="choose the text with --text-column",
         )
     return schema
@@ -156,7 +164,7 @@ def row_group_spans(path: Path, name: str, shown: str, schema: Schema) -> list[S
             raise UsageError(
                 f"there is no column {missing[0]!r}; there are "
                 f"{', '.join(file.schema_arrow.names)}",
-                where=str(path),
+                where=shown,
                 hint="choose the text with --text-column",
             )
         start = size = rows = first_row = 0
@@ -190,11 +198,12 @@ def with_rows_counted(parts: list[Span]) -> list[Span]:
 
 
 def rows(span: Span) -> Iterator[Row]:
-    """The rows of a span; those of a text have its documents as `text`."""
-    suffix = span.path.suffix.lower()
-    if suffix == ".parquet":
-        return parquet_rows(span)
-    return json_rows(span) if suffix == ".jsonl" else text_rows(span)
+    """The chosen rows of a span; those of a text have its documents as `text`."""
+    read = {".parquet": parquet_rows, ".jsonl": json_rows}.get(span.path.suffix.lower(), text_rows)
+    if span.selection is None:
+        return read(span)
+    chosen = span.selection.of(span)
+    return (row for row in read(span) if chosen[row[0] - span.first_row])
 
 
 @contextmanager

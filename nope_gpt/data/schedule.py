@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections import deque
@@ -22,21 +23,24 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nope_gpt.artifacts import sync, writing
-from nope_gpt.data.reading import Selection, Span
-from nope_gpt.data.sources import File
+from nope_gpt.data.reading import Span
+from nope_gpt.data.sources import File, Source, refuse_changed
 from nope_gpt.data.staging import Staging
 from nope_gpt.data.units import (
     Recipe,
     Tally,
     Unit,
+    documents_file,
     encode_span,
     finish_unit,
+    stream_files,
 )
 from nope_gpt.errors import CapacityError
 
@@ -52,7 +56,7 @@ class Group:
     """Files that are fetched and encoded together: one large file, or several small ones."""
 
     index: int
-    source: str
+    source: Source
     files: tuple[File, ...]
 
     @property
@@ -70,7 +74,7 @@ class OpenUnit:
 
     unit: Unit
     works: list[Path]
-    tallies: list[Tally | None]
+    tallies: dict[int, Tally] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,7 +83,7 @@ class OpenGroup:
 
     group: Group
     units: list[str]
-    missing: set[str] = field(default_factory=set)
+    missing: set[str]
 
 
 @dataclass
@@ -167,7 +171,6 @@ class Schedule:
         discard: Called with a file that is not needed any more.
         cancel: Called to end all downloads.
         plan: Makes the units of a group whose files are here.
-        select: Returns which rows of a file to take, or None for all.
         progress: Kept up to date.
         tick: Called several times a second; may raise to end the work.
         finish: Whether a unit becomes a shard at once, or when all are encoded.
@@ -184,7 +187,6 @@ class Schedule:
         discard: Callable[[File], None],
         cancel: Callable[[], None],
         plan: Callable[[Group, list[Path]], list[Unit]],
-        select: Callable[[Span], Selection | None],
         progress: Progress,
         tick: Callable[[], None],
         finish: bool,
@@ -197,7 +199,6 @@ class Schedule:
         self.discard = discard
         self.cancel = cancel
         self.plan = plan
-        self.select = select
         self.progress = progress
         self.tick = tick
         self.finish = finish
@@ -253,12 +254,9 @@ class Schedule:
     def open_group(self, group: Group, paths: list[Path]) -> None:
         """Begin the units of a group that are not finished."""
         units = self.plan(group, paths)
-        opened = OpenGroup(group, [record_name(unit) for unit in units])
-        todo = []
-        for unit in units:
-            if not self.staging.has_unit(record_name(unit)):
-                opened.missing.add(record_name(unit))
-                todo.append(unit)
+        todo = [unit for unit in units if not self.staging.has_unit(unit.record_name)]
+        names = [unit.record_name for unit in units]
+        opened = OpenGroup(group, names, {unit.record_name for unit in todo})
         total = sum(span.size for unit in units for span in unit.spans) or 1
         left = sum(span.size for unit in todo for span in unit.spans)
         self.progress.done += group.size * (total - left) // total
@@ -269,9 +267,9 @@ class Schedule:
 
     def open_unit(self, unit: Unit, group: OpenGroup, weight: float) -> None:
         """Begin a unit: hand out its spans."""
-        directory = self.staging.work_of(record_name(unit), str(os.getpid()))
+        directory = self.staging.work_of(unit.record_name)
         works = [directory / f"{index:04d}" for index in range(len(unit.spans))]
-        opened = OpenUnit(unit, works, [None] * len(works))
+        opened = OpenUnit(unit, works)
         for index, span in enumerate(unit.spans):
 
             def encoded(tally: Tally, index: int = index, span: Span = span) -> None:
@@ -279,21 +277,24 @@ class Schedule:
                 self.progress.documents += tally.documents
                 self.progress.tokens += tally.tokens
                 self.progress.done += int(span.size * weight)
-                if None not in opened.tallies:
+                if len(opened.tallies) == len(works):
                     self.encoded(opened, group)
 
-            selection = self.select(span)
-            self.submit(encoded, encode_span, span, works[index], self.recipe, selection)
+            self.submit(encoded, encode_span, span, works[index], self.recipe)
 
     def encoded(self, opened: OpenUnit, group: OpenGroup) -> None:
-        """See to a unit all of whose spans are encoded."""
+        """See to a unit all of whose spans are encoded.
+
+        Raises:
+            NopeError: A file has changed, so that the unit is not what its name says.
+        """
+        refuse_changed(group.group.files)
         total = Tally()
-        for tally in opened.tallies:
-            assert tally is not None
-            total.add(tally)
+        for index in range(len(opened.works)):
+            total.add(opened.tallies[index])
         counts = {"text_bytes": total.text_bytes, "cut": total.cut, "refused": total.refused}
         record = {
-            "unit": record_name(opened.unit),
+            "unit": opened.unit.record_name,
             "source": opened.unit.source,
             "content": opened.unit.content,
             "works": [str(work.relative_to(self.staging.work)) for work in opened.works],
@@ -304,17 +305,17 @@ class Schedule:
         if self.finish:
             self.finish_unit(opened.unit, record, lambda: self.close_unit(record, group))
         else:
-            self.keep_works(opened.works)
+            self.keep_works(opened.works, opened.unit.content)
             self.staging.keep_unit(record)
             self.close_unit(record, group)
 
-    def keep_works(self, works: list[Path]) -> None:
+    def keep_works(self, works: list[Path], content: str) -> None:
         """Flush work files to the disk, since they are what is left of the work."""
-        for work in works:
-            with writing(work):
-                for file in sorted(work.parent.glob(f"{work.name}.*")):
+        with writing(works[0].parent):
+            for work in works:
+                for file in (documents_file(work), *chain(*stream_files(work, content))):
                     sync(file)
-        sync(works[0].parent)
+            sync(works[0].parent)
 
     def finish_unit(
         self,
@@ -329,12 +330,11 @@ class Schedule:
 
         def finished(result: dict[str, Any]) -> None:
             self.staging.keep_unit(record | result)
-            for work in works:
-                for file in work.parent.glob(f"{work.name}.*"):
-                    if self.finish or file.suffix != ".documents":
-                        file.unlink()
             if self.finish:
-                works[0].parent.rmdir()
+                shutil.rmtree(works[0].parent)
+            else:  # The list of documents stays, for the units that are not finished yet.
+                for file in chain(*(chain(*stream_files(work, unit.content)) for work in works)):
+                    file.unlink()
             then()
 
         dropped = np.empty(0, np.int64) if dropped is None else dropped
@@ -358,8 +358,3 @@ class Schedule:
         """See to everything that was handed out."""
         while self.waiting or self.running:
             self.advance(set())
-
-
-def record_name(unit: Unit) -> str:
-    """What the record of a unit is called."""
-    return f"{unit.content}-{unit.name}"

@@ -35,8 +35,8 @@ class Part:
     """
 
     lengths: NDArray[np.int64]
-    tokens: str
-    mask: str
+    tokens: Path
+    mask: Path | None = None
 
 
 def write_shard(

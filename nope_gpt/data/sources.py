@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nope_gpt.artifacts import writing
+from nope_gpt.artifacts import write_file, writing
 from nope_gpt.data import catalog, python_docs
 from nope_gpt.data.documents import MESSAGES, Schema
 from nope_gpt.data.downloads import Remote
@@ -20,13 +21,21 @@ from nope_gpt.data.reading import (
     SUFFIXES,
     Selection,
     is_readable,
+    reading,
     schema_in,
     sha256_of,
 )
-from nope_gpt.errors import MissingError, UsageError
+from nope_gpt.errors import MissingError, NopeError, UsageError
 
 STANDARD_INPUT = "-"
 PYTHON_DOCS = "python-docs"
+
+OTHER_SUFFIXES = (".csv", ".tsv", ".json", ".html", ".xml", ".arrow", ".gz", ".zst", ".xz", ".zip")
+"""Names that end so are of files, not of data sets on the Hub."""
+
+
+Stamp = tuple[int, int, int]
+"""Size in bytes, nanoseconds of the last change, and inode of a file."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class File:
         path: Where it is on this machine.
         remote: Where it is on the Hub.
         schema: What its rows are, or None if it must be looked at.
+        stamp: What the system said of it when it was hashed, if it can change.
     """
 
     name: str
@@ -47,6 +57,7 @@ class File:
     schema: Schema | None = None
     path: Path | None = None
     remote: Remote | None = None
+    stamp: Stamp | None = None
 
     @property
     def shown(self) -> str:
@@ -89,19 +100,18 @@ class Share:
     def is_whole(self) -> bool:
         return self.weight == 1.0 and self.cap is None
 
-    def selections(
-        self, files: Iterable[File], paths: list[Path], counts: list[int]
-    ) -> dict[Path, Selection]:
-        """Which rows of each file are taken, given how many it has."""
-        total = sum(counts)
+    def selection(self, file: File, before: int, count: int, total: int) -> Selection:
+        """Which rows of a file are taken; all files together give the share to the row.
+
+        Args:
+            file: Whose hash the choice follows from.
+            before: Rows of the files before it.
+            count: Rows of the file.
+            total: Rows of all files.
+        """
         wanted = min(round(total * self.weight), total if self.cap is None else self.cap)
-        result, first = {}, 0
-        for file, path, count in zip(files, paths, counts, strict=True):
-            chosen = (first + count) * wanted // total - first * wanted // total
-            seed = int(file.digest.partition(":")[2][:8], 16)
-            result[path] = Selection(count, chosen, seed)
-            first += count
-        return result
+        chosen = ((before + count) * wanted // total - before * wanted // total) if total else 0
+        return Selection(count, chosen, int(file.digest.partition(":")[2][:8], 16))
 
 
 @dataclass(frozen=True)
@@ -112,14 +122,12 @@ class Source:
         name: What `--dataset-subset` of `nope tune` calls their documents.
         files: In order.
         origin: Where they come from on the Hub.
-        num_repeats: Files that were left out because an earlier one is the same.
     """
 
     name: str
     files: tuple[File, ...]
     share: Share = Share()
     origin: dict[str, str] = field(default_factory=dict)
-    num_repeats: int = 0
 
     @property
     def record(self) -> dict[str, Any]:
@@ -127,10 +135,6 @@ class Source:
         share = {} if self.share.is_whole else {"weight": self.share.weight, "cap": self.share.cap}
         files = [file.record for file in self.files]
         return {"name": self.name, **self.origin, **share, "files": files}
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -152,18 +156,23 @@ class Request:
     known: tuple[dict[str, Any], ...] = ()
 
 
-def open_sources(request: Request, spool: Path) -> list[Source]:
+def open_sources(request: Request, spool: Path, note: Callable[[str], None]) -> list[Source]:
     """Find what was asked for.
 
     Args:
         request: The names, and how they are meant.
         spool: Directory for what is no file yet: standard input and python-docs.
+        note: Told what is left out.
 
     Raises:
         MissingError: A file, data set, subset or revision is not there.
         UsageError: A file is of a kind that cannot be read.
         NetworkError: The Hub cannot be reached.
     """
+    if "" in request.names:
+        raise UsageError("a source has no name", hint="`.` is the current directory")
+    if request.names.count(STANDARD_INPUT) > 1:
+        raise UsageError("standard input can be read once", hint="give `-` once")
     on_hub = [name for name in request.names if is_on_hub(name)]
     if request.subset and not on_hub:
         raise UsageError(
@@ -180,11 +189,17 @@ def open_sources(request: Request, spool: Path) -> list[Source]:
         elif name in remote:
             sources.extend(remote[name])
         elif path.is_dir():
-            sources.extend(directory_sources(path, request.text_column))
+            sources.extend(directory_sources(path, request.text_column, note))
         elif path.is_file():
             sources.append(file_source(path, request.text_column))
         elif name == PYTHON_DOCS:
             sources.extend(documentation(spool))
+        elif path.exists():
+            raise UsageError(
+                "this is neither a file nor a directory",
+                where=str(path),
+                hint=f"pipe it in: `nope prepare - < {path}`",
+            )
         else:
             raise MissingError(
                 "there is no such file or directory",
@@ -193,12 +208,12 @@ def open_sources(request: Request, spool: Path) -> list[Source]:
                 "standard input, `python-docs`, fineweb, smoltalk, ultrafeedback, or the id of a "
                 "data set on the Hub",
             )
-    return without_repeated_files(sources)
+    return without_repeated_files(sources, note)
 
 
 def is_on_hub(name: str) -> bool:
     """Whether a name is that of a data set on the Hub; what lies here comes first."""
-    if Path(name).expanduser().exists() or name.endswith(SUFFIXES):
+    if Path(name).expanduser().exists() or name.lower().endswith((*SUFFIXES, *OTHER_SUFFIXES)):
         return False
     return catalog.known_collection(name) is not None or catalog.is_hub_id(name)
 
@@ -261,6 +276,8 @@ def digest_in(record: dict[str, Any]) -> str:
 def standard_input(spool: Path) -> Source:
     """What is piped in, kept in a file since it cannot be read again."""
     path = spool / "stdin.txt"
+    if sys.stdin is None or sys.stdin.closed:
+        raise UsageError("standard input is closed", hint="zcat corpus.gz | nope prepare -")
     with writing(path):
         spool.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
@@ -276,29 +293,56 @@ def documentation(spool: Path) -> list[Source]:
         (PLAIN_TEXT, written_lines(spool / "python-docs.jsonl", prose)),
         (MESSAGES, written_lines(spool / "python-docs-chat.jsonl", answers)),
     ]
-    return [Source(PYTHON_DOCS, (local_file(path, path.name, schema),)) for schema, path in written]
+    files = [local_file(path, path.name, schema) for schema, path in written]
+    # Another process may put the same bytes in their place, which is no change.
+    return [Source(PYTHON_DOCS, (replace(file, stamp=None),)) for file in files]
 
 
 def written_lines(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """Write rows as a .jsonl file."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Write rows as a .jsonl file, which several processes may do at once."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_file(path, "".join(lines).encode())
     return path
 
 
-def directory_sources(path: Path, text_column: str) -> list[Source]:
+def directory_sources(path: Path, text_column: str, note: Callable[[str], None]) -> list[Source]:
     """The files of a directory: its texts as one source, and each kind of table as one."""
-    found = sorted(file for file in path.rglob("*") if is_readable(file) and file.is_file())
+    files = sorted(files_below(path))
+    found = [file for file in files if is_readable(file)]
     if not found:
         raise MissingError(f"no {', '.join(SUFFIXES)} file is in this directory", where=str(path))
+    if len(found) < len(files):
+        suffixes = sorted({file.suffix or file.name for file in files if not is_readable(file)})
+        shown = ", ".join(suffixes[:5]) + (", …" if len(suffixes) > 5 else "")
+        left_out = len(files) - len(found)
+        note(
+            f"left out of {path}: {left_out:,} file{'s' * (left_out > 1)} of other kinds ({shown})"
+        )
     kinds: dict[str, list[File]] = {}
     for file in found:
         schema = schema_in(file, text_column)
         name = file.relative_to(path).as_posix()
         kinds.setdefault(schema.content, []).append(local_file(file, name, schema))
     return [Source(path.resolve().name, tuple(files)) for files in kinds.values()]
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """The files in a directory and those in it, through links; hidden ones are left out.
+
+    Raises:
+        NopeError: A directory cannot be read.
+    """
+
+    def refused(error: OSError) -> None:
+        raise NopeError(f"cannot be read: {error.strerror}", where=str(error.filename))
+
+    seen = set()
+    for folder, folders, names in os.walk(path, onerror=refused, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        below = (name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in below if os.path.realpath(Path(folder, name)) not in seen]
+        here = (Path(folder, name) for name in names if not name.startswith("."))
+        yield from (file for file in here if file.is_file())
 
 
 def file_source(path: Path, text_column: str) -> Source:
@@ -313,21 +357,65 @@ def file_source(path: Path, text_column: str) -> Source:
 
 
 def local_file(path: Path, name: str, schema: Schema) -> File:
-    """A file on this machine, hashed."""
-    digest = f"sha256:{sha256_of(path)}"
-    return File(name, path.stat().st_size, digest, schema, path=path)
+    """A file on this machine, hashed.
+
+    Raises:
+        UsageError: Its name is no text.
+        NopeError: It cannot be read.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            "the name of this file is not UTF-8",
+            where=repr(os.fsencode(path)),
+            hint="rename it, or pipe it in with `nope prepare -`",
+        ) from None
+    with reading(path):
+        stamp = stamp_of(path)
+    return File(name, stamp[0], f"sha256:{sha256_of(path)}", schema, path=path, stamp=stamp)
 
 
-def without_repeated_files(sources: list[Source]) -> list[Source]:
-    """Sources in which no file has the bytes of an earlier one: each is read once."""
-    seen: set[tuple[str, Schema | None]] = set()
+def stamp_of(path: Path) -> Stamp:
+    """What tells that a file has changed."""
+    seen = path.stat()
+    return seen.st_size, seen.st_mtime_ns, seen.st_ino
+
+
+def refuse_changed(files: Iterable[File]) -> None:
+    """Check that files are still those that were hashed.
+
+    Raises:
+        NopeError: One is not.
+    """
+    for file in files:
+        if file.path is None or file.stamp is None:
+            continue
+        with reading(file.path):
+            if stamp_of(file.path) != file.stamp:
+                raise NopeError(
+                    "this file changed while it was being prepared",
+                    where=file.shown,
+                    hint="the same command again reads it anew, once nothing writes to it",
+                )
+
+
+def without_repeated_files(sources: list[Source], note: Callable[[str], None]) -> list[Source]:
+    """Sources in which no file has the bytes of an earlier one: each is read once, unless it
+    is for another content, or for another share of its rows."""
+    seen: set[Any] = set()
     result = []
     for source in sources:
         files = []
         for file in source.files:
-            if (file.digest, file.schema) not in seen:
-                seen.add((file.digest, file.schema))
+            how = (file.digest, file.schema and file.schema.content, source.share)
+            if how not in seen:
+                seen.add(how)
                 files.append(file)
         repeats = len(source.files) - len(files)
-        result.append(replace(source, files=tuple(files), num_repeats=repeats))
+        if repeats:
+            those = "1 file is the same" if repeats == 1 else f"{repeats:,} files are the same"
+            note(f"left out of {source.name}: {those} as an earlier one")
+        if files:
+            result.append(replace(source, files=tuple(files)))
     return result

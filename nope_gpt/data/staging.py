@@ -7,6 +7,7 @@
     work/               what processes have encoded of units that are not finished
     units/NAME.json     a finished unit: its shards and counts
     groups/00000.json   files whose units are all finished
+    rows.json           how many rows there are in files of which a share is taken
     text/ chat/ ...     the data sets, complete but for their manifests
 
 Records are renamed into place after what they tell of is on the disk, so each is true.
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,12 +28,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nope_gpt.artifacts import DAMAGE, sync, write_json, writing
-from nope_gpt.errors import NopeError
+from nope_gpt.errors import NopeError, UsageError
 
 SUFFIX = ".partial"
 POLL_SECONDS = 0.2
 
 Json = dict[str, Any]
+
+Part = tuple[int, int]
+"""The number of a part, from 0, and of how many."""
 
 
 class Staging:
@@ -49,35 +55,73 @@ class Staging:
         self.work = path / "work"
         self.units = path / "units"
         self.groups = path / "groups"
+        self.rows_file = path / "rows.json"
 
     @contextmanager
-    def locked(self, part: str, waiting: Callable[[str], None]) -> Iterator[None]:
+    def locked(self, part: Part, waiting: Callable[[str], None]) -> Iterator[None]:
         """Have a part of the work to oneself, waiting for another process that has it.
 
         Args:
-            part: What no two processes may do at a time.
+            part: Its number, and of how many.
             waiting: Told once that there is another one.
+
+        Raises:
+            UsageError: Other processes have parts of another number of them.
         """
-        file = self.path / f"{part}.lock"
+        file = self.lock_file(part)
         while True:
             with writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(file)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                waiting(f"another process prepares {self.path.stem}: waiting until it is done")
-                with contextlib.suppress(FileNotFoundError):
-                    lock.acquire(poll_interval=POLL_SECONDS)
-            except FileNotFoundError:  # The other process has just cleared up.
-                continue
+                lock = FileLock(file)
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    waiting(f"another process prepares {self.path.stem}: waiting until it is done")
+                    with contextlib.suppress(FileNotFoundError):
+                        lock.acquire(poll_interval=POLL_SECONDS)
+                except FileNotFoundError:  # The other process has just cleared up.
+                    continue
             if lock.is_locked and file.exists():
                 break
             lock.release()
         try:
+            self.refuse_other_parts(part)
             yield
         finally:
             lock.release()
+
+    def lock_file(self, part: Part) -> Path:
+        """What the process that has a part holds a lock on."""
+        return self.path / f"part-{part[0]}-of-{part[1]}.lock"
+
+    def refuse_other_parts(self, part: Part) -> None:
+        """Check that nobody has a part of another number of them, which would be the same files.
+
+        Raises:
+            UsageError: Somebody has.
+        """
+        for file in self.path.glob("part-*.lock"):
+            index, count = (int(number) for number in re.findall(r"\d+", file.name))
+            if count == part[1] or not is_held(file):
+                continue
+            whole = "all of it" if count == 1 else f"part {index} of {count}"
+            raise UsageError(
+                f"another process prepares {whole}",
+                where=str(self.path),
+                hint="wait until it is done"
+                + ("" if count == 1 else f", or take a part of the same number: --shard I/{count}"),
+            )
+
+    def others_prepare(self, part: Part) -> bool:
+        """Whether another process has a part."""
+        mine = self.lock_file(part)
+        return any(is_held(file) for file in self.path.glob("part-*.lock") if file != mine)
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Do something that all parts need once, while no other does."""
+        with FileLock(self.path / "once.lock", poll_interval=POLL_SECONDS):
+            yield
 
     def plan(self) -> Json | None:
         """What is being prepared, or None if nothing is yet."""
@@ -119,11 +163,11 @@ class Staging:
         """Whether the data set of a content is here, not yet in its place."""
         return (self.path / content).is_dir()
 
-    def work_of(self, unit: str, owner: str) -> Path:
-        """An empty directory for the work files of a unit; what others left is removed."""
+    def work_of(self, unit: str) -> Path:
+        """A new directory for the work files of a unit; what a killed process left is removed."""
         for old in self.work.glob(f"{unit}.*"):
             shutil.rmtree(old, ignore_errors=True)
-        path = self.work / f"{unit}.{owner}"
+        path = self.work / f"{unit}.{secrets.token_hex(4)}"
         with writing(path):
             path.mkdir(parents=True)
         return path
@@ -136,9 +180,14 @@ class Staging:
         return path
 
     @property
+    def has_units(self) -> bool:
+        """Whether a unit is finished."""
+        return any(self.units.glob("*"))
+
+    @property
     def is_worth_keeping(self) -> bool:
         """Whether something lies here that took time: a finished unit or part of a download."""
-        return any(True for place in (self.units, self.downloads) for _ in place.glob("*"))
+        return self.has_units or any(path.is_file() for path in self.downloads.glob("*"))
 
     def clear(self) -> None:
         """Remove everything that was encoded; what was piped in or downloaded stays."""
@@ -152,6 +201,17 @@ class Staging:
         shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
             sync(self.path.parent)
+
+
+def is_held(file: Path) -> bool:
+    """Whether a process, on whichever machine, holds a lock."""
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except FileNotFoundError:
+        return False
 
 
 def read(path: Path) -> Json | None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +30,16 @@ from nope_gpt.data.documents import (
     texts_of,
 )
 from nope_gpt.data.encoding import EncodedDocument, Limit, encode, token_dtype
-from nope_gpt.data.reading import Row, Selection, Span, rows, where_of
+from nope_gpt.data.reading import Span, rows, where_of
 from nope_gpt.data.shards import Part, write_shard
 from nope_gpt.data.sources import File
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 UNIT_SIZE = 256 * 1000 * 1000
 """Bytes of text in a shard, about."""
+
+WRITE_SIZE = 1 << 20
+"""Bytes that a work file collects before they are written."""
 
 DOCUMENTS = np.dtype([("position", "<u8"), ("rest", "<u8"), ("lengths", "<i8", (2,))])
 """Of each document: the first and the next 8 bytes of its sha256, and tokens per stream."""
@@ -45,7 +50,8 @@ class Unit:
     """Spans of files that make one shard.
 
     Attributes:
-        name: Of the shard: the hash of the files and the number of the unit in them.
+        name: Of the shard: a hash of the files and of the rows that are taken, and the number of
+            the unit in them.
         source: Whose files these are.
         content: "text", "chat" or "preference".
     """
@@ -54,6 +60,11 @@ class Unit:
     source: str
     content: str
     spans: tuple[Span, ...]
+
+    @property
+    def record_name(self) -> str:
+        """What its record is called."""
+        return f"{self.content}-{self.name}"
 
 
 @dataclass(frozen=True)
@@ -96,93 +107,136 @@ class Tally:
             self.refused.setdefault(reason, [0, where])[0] += count
 
 
-def digest_of_files(files: list[File]) -> str:
-    """What names the units of some files: the hash of the file, or of their hashes."""
-    if len(files) == 1:
-        return files[0].digest.partition(":")[2][:16]
-    return hashlib.sha256("\n".join(file.digest for file in files).encode()).hexdigest()[:16]
-
-
-def units_of(source: str, files: list[File], spans: list[Span]) -> list[Unit]:
+def units_of(source: str, cut: list[tuple[File, list[Span]]]) -> list[Unit]:
     """Make units of the spans of some files, each content apart."""
-    digest = digest_of_files(files)
+    digest = digest_of(source, cut)
+    spans = [span for _, of_file in cut for span in of_file]
     result: list[Unit] = []
     for content in sorted({span.schema.content for span in spans}):
         group: list[Span] = []
+        size = 0
         mine = [span for span in spans if span.schema.content == content]
         for index, span in enumerate(mine):
             group.append(span)
-            if sum(each.size for each in group) >= UNIT_SIZE or index == len(mine) - 1:
+            size += span.size
+            if size >= UNIT_SIZE or index == len(mine) - 1:
                 result.append(Unit(f"{digest}-{len(result):04d}", source, content, tuple(group)))
-                group = []
+                group, size = [], 0
     return result
 
 
-def encode_span(
-    span: Span, work: Path, recipe: Recipe, selection: Selection | None = None
-) -> Tally:
+def digest_of(source: str, cut: list[tuple[File, list[Span]]]) -> str:
+    """What names the units of some files: the hash of one, or of all of theirs and the choice."""
+    lines = [file.digest for file, _ in cut]
+    chosen = [repr(spans[0].selection) for _, spans in cut if spans and spans[0].selection]
+    if chosen:
+        lines += [source, *chosen]
+    elif len(lines) == 1:
+        return lines[0].partition(":")[2][:16]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def encode_span(span: Span, work: Path, recipe: Recipe) -> Tally:
     """Encode the documents of a span into work files.
 
     Args:
         span: What to read.
         work: The beginning of the work files' names.
         recipe: How to encode.
-        selection: Which rows to take, if not all.
 
     Raises:
         NopeError: The file is damaged.
     """
     tokenizer = tokenizer_in(recipe.tokenizer, span.schema.content)
+    dtype = token_dtype(tokenizer.vocabulary_size)
     tally = Tally()
     table: list[tuple[int, int, tuple[int, int]]] = []
-    streams: list[list[EncodedDocument]] = [[], []]
-    for number, row in chosen_rows(span, selection):
+    with ExitStack() as stack:
+        stack.enter_context(writing(work))
+        files = [
+            [stack.enter_context(WorkFile(path)) for path in paths]
+            for paths in stream_files(work, span.schema.content)
+        ]
+        for document, encoded in encoded_documents(span, tokenizer, recipe.limit, tally):
+            content = canonical(document)
+            digest = hashlib.sha256(content).digest()
+            lengths = (encoded[0].tokens.size, encoded[1].tokens.size if len(encoded) > 1 else 0)
+            table.append((int.from_bytes(digest[:8]), int.from_bytes(digest[8:16]), lengths))
+            for each, (tokens, *masks) in zip(encoded, files, strict=True):
+                tokens.add(each.tokens.astype(dtype))
+                if each.mask is not None:
+                    masks[0].add(each.mask)
+            tally.documents += 1
+            tally.tokens += sum(lengths)
+            tally.text_bytes += len(content) if isinstance(document, str) else size_of(document)
+        with WorkFile(documents_file(work)) as file:
+            file.add(np.array(table, DOCUMENTS))
+    return tally
+
+
+def encoded_documents(
+    span: Span, tokenizer: BaseTokenizer, limit: Limit, tally: Tally
+) -> Iterator[tuple[Document, tuple[EncodedDocument, ...]]]:
+    """The documents of a span that can be trained on; those that cannot are counted."""
+    for number, row in rows(span):
         try:
             document = document_of(row, span.schema)
-            encoded, was_cut = encode(document, tokenizer, recipe.limit)
+            encoded, was_cut = encode(document, tokenizer, limit)
         except Refused as refusal:
             reason = str(refusal)
             if reason not in tally.refused:
                 tally.refused[reason] = [0, where_of(span, number, span.name)]
             tally.refused[reason][0] += 1
             continue
-        content = canonical(document)
-        digest = hashlib.sha256(content).digest()
-        lengths = (encoded[0].tokens.size, encoded[1].tokens.size if len(encoded) > 1 else 0)
-        table.append((int.from_bytes(digest[:8]), int.from_bytes(digest[8:16]), lengths))
-        for stream, each in zip(streams, encoded, strict=False):
-            stream.append(each)
-        tally.documents += 1
-        tally.tokens += sum(lengths)
-        tally.text_bytes += len(content) if isinstance(document, str) else size_of(document)
         tally.cut += was_cut
-    dtype = token_dtype(tokenizer.vocabulary_size)
-    with writing(work):
-        write_raw(f"{work}.documents", np.array(table, DOCUMENTS))
-        for index, stream in enumerate(streams):
-            write_raw(f"{work}.tokens{index}", joined([each.tokens for each in stream], dtype))
-            masks = [each.mask for each in stream if each.mask is not None]
-            write_raw(f"{work}.mask{index}", joined(masks, np.dtype(np.uint8)))
-    return tally
+        yield document, encoded
 
 
-def write_raw(path: str, array: NDArray[Any]) -> None:
-    """Write numbers as they are; unlike `numpy.tofile` it tells a full disk as such."""
-    with Path(path).open("wb") as file:
-        file.write(array.tobytes())
+class WorkFile:
+    """Numbers as they are, written every now and then; a full disk is told as such."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.waiting: list[NDArray[Any]] = []
+        self.num_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def add(self, array: NDArray[Any]) -> None:
+        """Append an array."""
+        self.waiting.append(array)
+        self.num_bytes += array.nbytes
+        if self.num_bytes >= WRITE_SIZE:
+            self.write()
+
+    def write(self) -> None:
+        """Write what waits."""
+        if self.waiting:
+            self.file.write(np.concatenate(self.waiting).data)
+        self.waiting, self.num_bytes = [], 0
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self.file:
+            if kind is None:
+                self.write()
 
 
-def joined(arrays: list[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Arrays one after the other, as a narrower type that holds them."""
-    return np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype, casting="unsafe")
+def documents_file(work: Path) -> Path:
+    """The work file that lists the documents: `DOCUMENTS`."""
+    return Path(f"{work}.documents")
 
 
-def chosen_rows(span: Span, selection: Selection | None) -> Iterator[Row]:
-    """The rows of a span, or those that a selection takes."""
-    if selection is None:
-        return rows(span)
-    chosen = selection.of(span)
-    return (row for row in rows(span) if chosen[row[0] - span.first_row])
+def stream_files(work: Path, content: str) -> list[list[Path]]:
+    """The work files of each stream: its tokens and, but for text, its mask."""
+    kinds = ["tokens"] if content == TEXT else ["tokens", "mask"]
+    count = 2 if content == PREFERENCE else 1
+    return [[Path(f"{work}.{kind}{index}") for kind in kinds] for index in range(count)]
 
 
 @functools.cache
@@ -212,7 +266,7 @@ def finish_unit(
     Returns:
         The record of the unit: its shards, as the manifest lists them, and counts.
     """
-    tables = [np.fromfile(f"{work}.documents", DOCUMENTS) for work in works]
+    tables = [np.fromfile(documents_file(work), DOCUMENTS) for work in works]
     table = np.concatenate(tables)
     keep = np.ones(table.size, dtype=bool)
     keep[dropped] = False
@@ -222,7 +276,7 @@ def finish_unit(
     shards = []
     for index, side in enumerate(sides if keep.any() else ()):
         parts = [
-            Part(each["lengths"][:, index], f"{work}.tokens{index}", f"{work}.mask{index}")
+            Part(each["lengths"][:, index], *stream_files(work, unit.content)[index])
             for work, each in zip(works, tables, strict=True)
         ]
         name = f"shard-{unit.name}-{side}" if side else f"shard-{unit.name}"
