@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,18 +67,19 @@ def writing(path: Path) -> Iterator[None]:
             raise CapacityError(
                 f"the disk is full: {error.strerror}",
                 where=str(path),
-                hint="free some space, or choose another place; nothing half-written was left",
+                hint="free some space, or choose another place",
             ) from error
+        hints = {errno.ENAMETOOLONG: "choose a shorter name", errno.ENOENT: "it was removed"}
         raise NopeError(
             f"cannot write here: {error.strerror or error}",
             where=str(path),
-            hint="choose a directory that you may write to",
+            hint=hints.get(error.errno or 0, "choose a directory that you may write to"),
         ) from error
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Replace a file in one step, so that it is never seen half-written."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = beside(path, "tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -142,7 +144,7 @@ def array_file(path: Path, dtype: np.dtype[Any], length: int) -> Iterator[ArrayF
     header = io.BytesIO()
     shape = {"descr": dtype.str, "fortran_order": False, "shape": (int(length),)}
     npy.write_array_header_1_0(header, shape)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = beside(path, "tmp")
     with writing(path):
         try:
             with temporary.open("wb") as file:
@@ -170,7 +172,7 @@ def publish(
 
     Every file is flushed to the disk before the rename, and the parent after it, so
     that a loss of power leaves no half of one. Replacing is two renames: the old directory
-    is set aside as NAME.old-PID before the new one takes its place.
+    is set aside as NAME.old-TOKEN before the new one takes its place.
 
     Args:
         path: The directory to make.
@@ -196,10 +198,9 @@ def publish(
             hint="choose another place",
         )
     place = path.absolute()  # `.` has no name of its own.
-    temporary = place.with_name(f"{place.name}.tmp-{os.getpid()}")
+    temporary = beside(place, "tmp")
     with writing(path):
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
             files = sorted(file for file in temporary.iterdir())
@@ -222,7 +223,7 @@ def replace_directory(new: Path, path: Path) -> None:
     if not path.exists():
         new.replace(path)
         return
-    old = path.with_name(f"{path.name}.old-{os.getpid()}")
+    old = beside(path, "old")
     path.replace(old)
     new.replace(path)
     if old.is_symlink() or old.is_file():
@@ -246,9 +247,14 @@ def is_kind(path: Path, kind: str) -> bool:
         return False
 
 
+def beside(path: Path, kind: str) -> Path:
+    """A name beside a place that no other process has, on this machine or another."""
+    return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
+
+
 def is_leftover(path: Path) -> bool:
     """Whether a killed program left this beside the place it was to have."""
-    return re.search(r"\.(tmp|old)-\d+$", path.name) is not None
+    return re.search(r"\.(tmp|old)-[0-9a-f]+$", path.name) is not None
 
 
 def sync(path: Path) -> None:
@@ -282,6 +288,8 @@ def read_manifest(path: Path, kind: str) -> Manifest:
             file it names is missing or of another size.
     """
     file = path / MANIFEST
+    if path.is_file():
+        raise UsageError(f"this is a file, not the directory of a {kind}", where=str(path))
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         found, version, files = manifest["kind"], manifest["format_version"], manifest["files"]
@@ -316,7 +324,12 @@ def verify(path: Path, manifest: Manifest) -> None:
         NopeError: A file is not what was written; names it.
     """
     for name, entry in manifest["files"].items():
-        if describe(path / Path(name).name)["sha256"] != entry["sha256"]:
+        file = path / Path(name).name
+        try:
+            found = describe(file)["sha256"]
+        except OSError as error:
+            raise NopeError(f"cannot be read: {error.strerror}", where=str(file)) from None
+        if found != entry["sha256"]:
             raise NopeError(
                 f"this {manifest['kind']} is damaged: {name} is not what was written",
                 where=str(path),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from nope_gpt.artifacts import writing
 from nope_gpt.errors import MissingError, NetworkError
 
 
@@ -20,6 +23,8 @@ def contacting(kind: str, repo_id: str, hint: str) -> Iterator[None]:
     Raises:
         MissingError: There is no such repository, or it asks for a login.
         NetworkError: The Hub cannot be reached.
+        CapacityError: The disk of the library's cache is full.
+        NopeError: The cache cannot be written.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -56,5 +61,18 @@ def contacting(kind: str, repo_id: str, hint: str) -> Iterator[None]:
         raise NetworkError(f"the Hub cannot be reached: {error}", where=where, hint=hint) from None
     except EntryNotFoundError as error:
         raise MissingError(f"this {kind} lacks a file: {error}", where=where) from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, HTTPError, OSError) as error:
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise NetworkError(
+                f"the Hub cannot be reached: {error}", where=where, hint=hint
+            ) from None
+        raise MissingError(
+            f"the Hub does not let you read this {kind} ({error.response.status_code})",
+            where=where,
+            hint="hf auth login",
+        ) from None
+    except (OfflineModeIsEnabled, HTTPError, OSError) as error:
+        if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+            with writing(Path(error.filename or "~/.cache/huggingface")):
+                raise
         raise NetworkError(f"the Hub cannot be reached: {error}", where=where, hint=hint) from None

@@ -31,7 +31,8 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("FORCE_COLOR", "NOPE_DEBUG", "XDG_CACHE_HOME", "HF_TOKEN", "RANK", "WORLD_SIZE"):
+    scheduled = [name for name in os.environ if name.startswith("SLURM_")] + ["RANK", "WORLD_SIZE"]
+    for name in ("FORCE_COLOR", "NOPE_DEBUG", "XDG_CACHE_HOME", "HF_TOKEN", *scheduled):
         monkeypatch.delenv(name, raising=False)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     yield

@@ -20,7 +20,9 @@ import pytest
 from nope_gpt.artifacts import (
     MANIFEST,
     array_file,
+    beside,
     describe,
+    is_leftover,
     publish,
     read_manifest,
     verify,
@@ -294,8 +296,24 @@ def test_a_directory_of_something_else_is_never_replaced(tmp_path: Path) -> None
     assert (tmp_path / "project" / "thesis.txt").read_text() == "years of work"
 
 
-def test_what_an_earlier_process_of_this_number_left_is_no_obstacle(tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    (root / f"data.tmp-{os.getpid()}").mkdir(parents=True)
-    made(root / "data")
-    assert names(root) == ["data"]
+def test_processes_of_the_same_number_on_two_machines_do_not_meet(tmp_path: Path) -> None:
+    first, second = (beside(tmp_path / "data", "tmp") for _ in range(2))
+    assert first != second
+    assert is_leftover(first)
+    assert is_leftover(beside(tmp_path / "data", "old"))
+    assert not is_leftover(tmp_path / "data.tmp")
+
+
+def test_a_file_that_vanished_or_cannot_be_read_is_named_when_verified(tmp_path: Path) -> None:
+    path = made(tmp_path / "data")
+    manifest = read_manifest(path, "dataset")
+    (path / "a.bin").unlink()
+    with pytest.raises(NopeError, match="cannot be read") as caught:
+        verify(path, manifest)
+    assert caught.value.where == str(path / "a.bin")
+
+
+def test_a_file_is_no_directory_of_an_artefact(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("hello")
+    with pytest.raises(UsageError, match="this is a file, not the directory of a dataset"):
+        read_manifest(tmp_path / "data", "dataset")

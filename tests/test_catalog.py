@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -386,6 +388,8 @@ def test_a_newer_revision_is_not_mixed_in(tmp_path: Path, hub: LoopbackHub, prep
         (["org/..", "--name=x"], 3, "no such file or directory"),
         (["python-docs", "--dataset-subset=all"], 2, "chooses among the subsets"),
         (["fineweb", "--name=../x"], 2, "must be a plain name"),
+        (["fineweb", "--dataset-split=test"], 3, "has no split 'test'; it has train"),
+        (["org/own-texts", "--dataset-split=test"], 3, "has no split 'test'; it has train"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_the_valid_names(
@@ -393,6 +397,7 @@ def test_what_cannot_be_meant_is_refused_with_the_valid_names(
 ) -> None:
     hub_datasets.fineweb(hub.root)
     hub_datasets.smoltalk(hub.root)
+    hub_datasets.own_texts(hub.root)
     done = prepare(*arguments)
     assert done.returncode == code, done.stderr
     assert message in " ".join(done.stderr.split())
@@ -414,3 +419,111 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     assert "disk" in done.stdout
     assert not hub.transfers
     assert not (tmp_path / "datasets").exists()
+
+
+def described(hub: LoopbackHub, configs: str, files: dict[str, str]) -> None:
+    """Lay out org/described, with a README that says something of files of one line each."""
+    folder = hub.root / "datasets" / "org" / "described"
+    hub_datasets.write_text(folder / "README.md", f"---\n{configs}\n---\n")
+    for path, text in files.items():
+        hub_datasets.write_text(folder / path, json.dumps({"text": text}) + "\n")
+
+
+FILES = {f"{folder}/{split}-0.jsonl": f"{folder} {split}" for folder in ("a", "b", "c")
+         for split in ("train", "test")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("configs", "options", "expected"),
+    [
+        ("configs: [{config_name: x, data_files: './a/*'}]", "", "a test,a train"),
+        ("configs: [{config_name: x, data_files: ['{a,b}/train-*']}]", "", "a train,b train"),
+        ("configs: [{config_name: x, data_dir: b}]", "", "b train"),
+        ("configs: [{config_name: x, data_dir: c, data_files: 'test-*'}]", "", "c test"),
+        (
+            "configs: [{config_name: x, data_files: [{split: train, path: a/train-*},"
+            "{split: held, path: [a/test-*, c/test-*]}]}]",
+            "--dataset-split=held",
+            "a test,c test",
+        ),
+        ("license: mit", "--dataset-split=test", "a test,b test,c test"),
+        ("license: mit", "", "a train,b train,c train"),
+    ],
+)
+def test_a_readme_says_which_files_are_a_split(
+    tmp_path: Path, hub: LoopbackHub, prepare: Nope, configs: str, options: str, expected: str
+) -> None:
+    described(hub, configs, FILES)
+    done = prepare("org/described", "--name=made", *options.split())
+    assert done.returncode == 0, done.stderr
+    assert texts(tmp_path / "datasets" / "made") == expected.split(",")
+
+
+@pytest.mark.parametrize(
+    ("configs", "code", "message"),
+    [
+        ("configs: 5", 1, "the configs of its README are not understood"),
+        ("configs: [{config_name: x}]", 1, "'x' names no files"),
+        ("configs: [a, b]", 1, "the configs of its README are not understood"),
+        ("configs: [", 1, "the configs of its README are not understood"),
+        ("configs: [{config_name: x, data_files: [{split: a, path: a/*},{split: b, path: b/*}]}]",
+         3, "the subset 'x' has no split 'train'; it has a, b"),
+    ],
+)  # fmt: skip
+def test_a_readme_that_is_not_understood_is_not_passed_over(
+    tmp_path: Path, hub: LoopbackHub, prepare: Nope, configs: str, code: int, message: str
+) -> None:
+    described(hub, configs, FILES)
+    done = prepare("org/described")
+    assert done.returncode == code, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert not any((tmp_path / "datasets").glob("*"))
+
+
+def test_files_of_several_contents_in_one_data_set_are_all_prepared(
+    tmp_path: Path, hub: LoopbackHub, prepare: Nope
+) -> None:
+    described(hub, "license: mit", {"a.jsonl": "some text", "empty.txt": ""})
+    folder = hub.root / "datasets" / "org" / "described"
+    messages = hub_datasets.spoken("Hello?", "Hi.")
+    hub_datasets.write_text(folder / "b.jsonl", json.dumps({"messages": messages}) + "\n")
+    (folder / "empty.txt").write_bytes(b"")
+    done = prepare("org/described")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["datasets/described-bytes", "datasets/described-chat-bytes"]
+    assert texts(tmp_path / "datasets" / "described-bytes") == ["some text"]
+    assert chats(tmp_path / "datasets" / "described-chat-bytes") == templated(
+        [{"messages": messages}]
+    )
+
+
+def test_two_processes_share_one_download(tmp_path: Path, hub: LoopbackHub, prepare: Nope) -> None:
+    described(hub, "license: mit", {"a.jsonl": "some text " * 20_000})
+    size = (hub.root / "datasets" / "org" / "described" / "a.jsonl").stat().st_size
+    with (
+        hub.fault(Fault(path=r"\.jsonl", method="GET", bytes_per_second=size // 2)),
+        ThreadPoolExecutor() as together,
+    ):
+        kept = "--download-path=kept"
+        runs = [together.submit(prepare, "org/described", kept, f"--name={n}") for n in "xy"]
+        done = [run.result() for run in runs]
+    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
+    assert texts(tmp_path / "datasets" / "x") == texts(tmp_path / "datasets" / "y")
+    served = [transfer for transfer in hub.transfers if transfer.path.endswith(".jsonl")]
+    assert sum(transfer.sent for transfer in served) < 1.5 * size
+    assert sum("another process fetches it" in each.stderr for each in done) == 1
+
+
+def test_a_share_is_the_same_in_parts_and_in_one(
+    tmp_path: Path, hub: LoopbackHub, prepare: Nope
+) -> None:
+    hub_datasets.smoltalk(hub.root, conversations=40)
+    chosen = "--dataset-subset=all:0.5@100,smol-magpie-ultra:0.3"
+    assert prepare("smoltalk", chosen, "--name=one").returncode == 0
+    for index in (1, 0):
+        done = prepare("smoltalk", chosen, "--name=parts", f"--shard={index}/2")
+        assert done.returncode == 0, done.stderr
+    assert prepare("smoltalk", chosen, "--name=parts", "--merge").returncode == 0
+    one, parts = (Dataset.open(tmp_path / "datasets" / name) for name in ("one", "parts"))
+    assert one.fingerprint == parts.fingerprint
+    assert one.manifest["statistics"]["documents"] == 100 + 12

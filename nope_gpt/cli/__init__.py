@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -52,4 +53,7 @@ def nope(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `nope` with the arguments of the process, old spellings included."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="replace")  # No character is worth an end half-way.
     app(args=normalize(sys.argv[1:] if arguments is None else arguments), prog_name="nope")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from nope_gpt.cli.options import friendly
 from nope_gpt.cli.terminal import result, waiting
@@ -16,6 +18,7 @@ from nope_gpt.errors import MissingError
 from nope_gpt.sizing import format_bytes
 
 if TYPE_CHECKING:
+    from nope_gpt.data.encoding import EncodedDocument
     from nope_gpt.data.samples import Sample
 
 BAR_WIDTH = 40
@@ -32,6 +35,7 @@ def command(
         typer.Option(
             help="Only show the first N documents of each source, what the model writes in green.",
             metavar="N",
+            min=0,
         ),
     ] = 0,
     json: Annotated[
@@ -54,7 +58,7 @@ def show(path: Path, verify: bool, preview: int, json: bool) -> None:
     """Print the report of a data set."""
     from nope_gpt import artifacts
     from nope_gpt.data.samples import samples_of
-    from nope_gpt.data.shards import Dataset
+    from nope_gpt.data.shards import TOLD, Dataset
     from nope_gpt.data.staging import SUFFIX
 
     if path.name.endswith(SUFFIX) and path.is_dir():
@@ -63,13 +67,12 @@ def show(path: Path, verify: bool, preview: int, json: bool) -> None:
             where=str(path),
             hint="the `nope prepare` that began it goes on with it",
         )
-    dataset = Dataset.open(path)
+    dataset = Dataset.open(path).with_keys(TOLD)
     if verify:
         with waiting("comparing every file with its sha256"):
             artifacts.verify(path, dataset.manifest)
     if preview:
-        for sample in samples_of(dataset, preview):
-            show_sample(sample)
+        show_samples(samples_of(dataset, preview), json)
         return
     text = report(dataset.manifest)
     result(text, {"path": str(path), **dataset.manifest}, json)
@@ -146,14 +149,36 @@ def histogram(lengths: list[int]) -> list[str]:
     ]
 
 
+def show_samples(samples: Iterable[Sample], json: bool) -> None:
+    """Print documents as they are trained on, or as one JSON object."""
+    if json:
+        result("", {"samples": [described(sample) for sample in samples]}, True)
+        return
+    for sample in samples:
+        show_sample(sample)
+
+
+def described(sample: Sample) -> dict[str, Any]:
+    """A document for programs."""
+    streams = []
+    for index, stream in enumerate(sample.streams):
+        runs = [{"text": text, "trained": trained} for text, trained in pieces(sample, index)]
+        streams.append({"tokens": stream.tokens.size, "trained": num_trained(stream), "runs": runs})
+    return {"source": sample.source, "streams": streams}
+
+
+def num_trained(stream: EncodedDocument) -> int:
+    """Tokens that the model is to write."""
+    return int(stream.tokens.size if stream.mask is None else stream.mask.sum())
+
+
 def show_sample(sample: Sample) -> None:
     """Print a document on stdout; what the model writes is green, or stands in brackets."""
     console = Console(highlight=False, soft_wrap=True, emoji=False)
     for index, stream in enumerate(sample.streams):
         side = ("", " (chosen)", " (rejected)")[index + 1 if len(sample.streams) > 1 else 0]
-        size = stream.tokens.size
-        trained = size if stream.mask is None else int(stream.mask.sum())
-        console.rule(f"{sample.source}{side}: {size:,} tokens, {trained:,} trained", align="left")
+        sizes = f"{stream.tokens.size:,} tokens, {num_trained(stream):,} trained"
+        console.rule(Text(f"{sample.source}{side}: {sizes}"), align="left")
         for text, written in pieces(sample, index):
             if console.is_terminal and not console.no_color:
                 console.print(text, style="green" if written else "dim", markup=False, end="")

@@ -15,7 +15,7 @@ import typer
 
 from nope_gpt.cli.terminal import fail
 from nope_gpt.config import PRESETS
-from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.errors import Interrupted, NopeError, UsageError
 from nope_gpt.knobs import Knobs, flag_of, kind_of, known_fields, read_settings, resolve
 
 C = TypeVar("C", bound=Knobs)
@@ -157,7 +157,13 @@ def common_parameters(presets: Mapping[str, Any]) -> list[inspect.Parameter]:
 
 
 def option(
-    name: str, kind: Any, help: str, *, default: Any = None, metavar: str | None = None
+    name: str,
+    kind: Any,
+    help: str,
+    *,
+    default: Any = None,
+    metavar: str | None = None,
+    minimum: int | None = None,
 ) -> inspect.Parameter:
     """An option that is not a knob, such as --resume."""
     return inspect.Parameter(
@@ -166,7 +172,7 @@ def option(
         default=default,
         annotation=Annotated[
             kind,
-            typer.Option("--" + name.replace("_", "-"), help=help, metavar=metavar),
+            typer.Option("--" + name.replace("_", "-"), help=help, metavar=metavar, min=minimum),
         ],
     )
 
@@ -226,6 +232,8 @@ class friendly:  # noqa: N801
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, NopeError) and not os.environ.get("NOPE_DEBUG"):
             fail(error)
+        if isinstance(error, KeyboardInterrupt):
+            fail(Interrupted("interrupted", exit_code=130))
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
-from nope_gpt.cli.inspect import report, show_sample
+from nope_gpt.cli.inspect import report, show_samples
 from nope_gpt.cli.options import JSON, argument, configured, option
 from nope_gpt.cli.terminal import (
     QUIET_SECONDS,
@@ -43,6 +43,7 @@ PREVIEW = option(
     "model writes in green.",
     default=0,
     metavar="N",
+    minimum=0,
 )
 
 
@@ -86,8 +87,7 @@ def command(
         else:
             made = data.prepare(sources, config, watcher, merge=merge)
     if preview:
-        for sample in samples:
-            show_sample(sample)
+        show_samples(samples, json)
         return
     for item in made:
         say(f"\n{item.path}{': already prepared, of the same' if item.existed else ''}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nope_gpt.cli.options import JSON, RESUME, configured
-from nope_gpt.cli.terminal import result
+from nope_gpt.cli.terminal import result_of_ranks
 from nope_gpt.config import PretrainConfig
 
 
@@ -26,4 +26,4 @@ def command(config: PretrainConfig, resume: bool, json: bool) -> None:
     from nope_gpt.training.pretraining import pretrain
 
     path = pretrain(config, [Watcher("pretrain")], resume=resume)
-    result(str(path), {"run": str(path)}, json)
+    result_of_ranks(str(path), {"run": str(path)}, json)

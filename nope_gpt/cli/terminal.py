@@ -33,9 +33,14 @@ def say(text: str, style: str | None = None) -> None:
 
 
 def result(text: str, value: dict[str, Any], as_json: bool) -> None:
-    """Print a result on stdout, as text or as one JSON object; of several ranks the first does."""
+    """Print a result on stdout, as text or as one JSON object."""
+    typer.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
+
+
+def result_of_ranks(text: str, value: dict[str, Any], as_json: bool) -> None:
+    """The same for what several ranks have made: the first one prints it."""
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
+        result(text, value, as_json)
 
 
 def fail(error: NopeError) -> NoReturn:

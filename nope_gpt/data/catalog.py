@@ -7,6 +7,7 @@ README, or read by the names of its files. The revision is always a commit.
 from __future__ import annotations
 
 import fnmatch
+import posixpath
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -15,11 +16,12 @@ from typing import Any
 from nope_gpt.data.documents import MESSAGES, PAIRS, Schema
 from nope_gpt.data.downloads import Remote
 from nope_gpt.data.reading import SUFFIXES
-from nope_gpt.errors import MissingError, NetworkError, UsageError
+from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 from nope_gpt.remote import contacting
 
 OFFLINE = "try again with a network, or give local files"
 README = "README.md"
+TRAIN = "train"
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,14 @@ class Subset:
 
     Attributes:
         name: What `--dataset-subset` calls it.
-        patterns: Of the paths of its files; `*` matches within one folder.
+        splits: For each split the patterns of its files' paths; `*` matches within one folder.
+            Under "" those of files whose names may tell the split.
         schema: What its rows are, where that is known.
         source: What the subset is called in a prepared data set.
     """
 
     name: str
-    patterns: tuple[str, ...]
+    splits: dict[str, tuple[str, ...]]
     schema: Schema | None = None
     source: str = ""
 
@@ -62,8 +65,13 @@ class Collection:
         """The subset of a name, if there is one."""
         name = self.aliases.get(name.lower(), name)
         if self.family and re.fullmatch(self.family[0], name):
-            return Subset(name, (self.family[1].format(name),), source=name)
+            return Subset(name, trained(self.family[1].format(name)), source=name)
         return self.subsets.get(name)
+
+
+def trained(*patterns: str) -> dict[str, tuple[str, ...]]:
+    """The files of the one split `train`."""
+    return {TRAIN: patterns}
 
 
 def collection(repo_id: str, label: str, default: str, *subsets: Subset, **more: Any) -> Collection:
@@ -85,10 +93,10 @@ KNOWN = {
         "fineweb",
         "sample-10BT",
         *(
-            Subset(f"sample-{size}", (f"sample/{size}/*.parquet",), source=f"sample-{size}")
+            Subset(f"sample-{size}", trained(f"sample/{size}/*.parquet"), source=f"sample-{size}")
             for size in ("10BT", "100BT", "350BT")
         ),
-        Subset("none", ("data/*/*.parquet",), source="fineweb"),
+        Subset("none", trained("data/*/*.parquet"), source="fineweb"),
         family=(r"CC-MAIN-\d{4}-\d+", "data/{}/*.parquet"),
         aliases={"none": "none"},
     ),
@@ -97,7 +105,7 @@ KNOWN = {
         "smoltalk",
         "all",
         *(
-            Subset(name, (f"data/{name}/train-*.parquet",), MESSAGES, source=name)
+            Subset(name, trained(f"data/{name}/train-*.parquet"), MESSAGES, source=name)
             for name in ("all", *SMOLTALK_PARTS)
         ),
     ),
@@ -105,8 +113,10 @@ KNOWN = {
         "HuggingFaceH4/ultrafeedback_binarized",
         "ultrafeedback",
         "sft,prefs",
-        Subset("sft", ("data/train_sft-*.parquet",), MESSAGES, source="ultra-feedback"),
-        Subset("prefs", ("data/train_prefs-*.parquet",), PAIRS, source="ultra-feedback-prefs"),
+        Subset("sft", trained("data/train_sft-*.parquet"), MESSAGES, source="ultra-feedback"),
+        Subset(
+            "prefs", trained("data/train_prefs-*.parquet"), PAIRS, source="ultra-feedback-prefs"
+        ),
         aliases={"ultra-feedback": "sft", "ultra-feedback-prefs": "prefs"},
     ),
 }
@@ -136,46 +146,83 @@ def revision_of(repo_id: str, revision: str | None) -> str:
     return info.sha
 
 
-def described_collection(repo_id: str, revision: str, split: str) -> Collection:
-    """What the README of a data set says of its subsets, else all its readable files."""
+def described_collection(repo_id: str, revision: str) -> Collection:
+    """What the README of a data set says of its subsets, else all its readable files.
+
+    Raises:
+        NopeError: The README says something that we do not understand.
+    """
     from huggingface_hub import hf_hub_download, metadata_load
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    label = repo_id.rpartition("/")[2]
     with contacting("data set", repo_id, OFFLINE):
         try:
             path = hf_hub_download(repo_id, README, repo_type="dataset", revision=revision)
-            configs = (metadata_load(path) or {}).get("configs")
         except LocalEntryNotFoundError:
             raise
-        except (EntryNotFoundError, ValueError):
-            configs = None
-    label = repo_id.rpartition("/")[2]
-    subsets = [subset_of(config, label, split) for config in configs or []]
-    named = [subset for subset in subsets if subset is not None]
+        except EntryNotFoundError:
+            path = None
+    try:
+        configs = (metadata_load(path) or {}).get("configs") if path else None
+        named = [subset_of(config, label) for config in configs or []]
+    except Exception as error:  # Whatever YAML can hold, and its library raises.
+        raise NopeError(
+            f"the configs of its README are not understood ({type(error).__name__}: "
+            f"{first_line(error)})",
+            where=f"https://huggingface.co/datasets/{repo_id}/blob/{revision}/{README}",
+            hint=f"hf download {repo_id} --repo-type dataset --local-dir DIR, then "
+            "`nope prepare DIR`",
+        ) from None
     if not named:
-        patterns = tuple(f"**{suffix}" for suffix in SUFFIXES)
-        named = [Subset("default", patterns, source=label)]
+        named = [Subset("default", {"": tuple(f"**{s}" for s in SUFFIXES)}, source=label)]
     defaults = [subset.name for subset in named if subset.name == "default"]
     only = named[0].name if len(named) == 1 else ""
     return collection(repo_id, label, defaults[0] if defaults else only, *named)
 
 
-def subset_of(config: Any, label: str, split: str) -> Subset | None:
-    """The files of one split of one of the `configs` in a README."""
-    if not isinstance(config, dict) or not isinstance(config.get("config_name"), str):
-        return None
-    name, files = config["config_name"], config.get("data_files")
-    source = label if name == "default" else name
-    if isinstance(files, str):
-        return Subset(name, (files,), source=source)
-    patterns: list[str] = []
-    for entry in files if isinstance(files, list) else []:
-        if isinstance(entry, str):
-            patterns.append(entry)
-        elif isinstance(entry, dict) and entry.get("split", split) == split:
-            path = entry.get("path", [])
-            patterns += [path] if isinstance(path, str) else path
-    return Subset(name, tuple(patterns), source=source) if patterns else None
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return (str(error).splitlines() or [""])[0]
+
+
+def subset_of(config: dict[str, Any], label: str) -> Subset:
+    """One of the `configs` in a README, as the datasets library reads it.
+
+    Raises:
+        ValueError: It names no files.
+    """
+    name, files, folder = config["config_name"], config.get("data_files"), config.get("data_dir")
+    if files is None and folder is None:
+        raise ValueError(f"{name!r} names no files")
+    splits: dict[str, tuple[str, ...]] = {}
+    if files is None:
+        splits[""] = ("**",)
+    else:
+        for entry in [files] if isinstance(files, str | dict) else files:
+            split, path = (entry.get("split", TRAIN), entry["path"]) if isinstance(entry, dict) \
+                else (TRAIN, entry)  # fmt: skip
+            paths = [path] if isinstance(path, str) else path
+            splits[split] = splits.get(split, ()) + tuple(paths)
+    return Subset(
+        str(name),
+        {
+            split: tuple(each for pattern in patterns for each in expanded(pattern, folder or ""))
+            for split, patterns in splits.items()
+        },
+        source=label if name == "default" else str(name),
+    )
+
+
+def expanded(pattern: str, folder: str) -> list[str]:
+    """A pattern of a README as patterns of paths: without `./`, and one for each of `{a,b}`."""
+    path = posixpath.normpath(posixpath.join(folder, pattern))
+    match = re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", path)
+    if not match:
+        return [path]
+    return [
+        each for word in match[2].split(",") for each in expanded(match[1] + word + match[3], "")
+    ]
 
 
 def files_of(repo_id: str, revision: str, subset: Subset, split: str) -> list[Remote]:
@@ -187,8 +234,12 @@ def files_of(repo_id: str, revision: str, subset: Subset, split: str) -> list[Re
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
+    where = f"https://huggingface.co/datasets/{repo_id}/tree/{revision}"
+    patterns = subset.splits.get(split, subset.splits.get("", ()))
+    if not patterns:
+        raise no_split(subset, split, sorted(subset.splits), where)
     found: dict[str, Remote] = {}
-    for pattern in subset.patterns:
+    for pattern in patterns:
         fixed = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
         with contacting("data set", repo_id, OFFLINE):
             entries = HfApi().list_repo_tree(
@@ -206,16 +257,27 @@ def files_of(repo_id: str, revision: str, subset: Subset, split: str) -> list[Re
                     found[entry.path] = Remote(repo_id, revision, entry.path, entry.size, digest)
     readable = [path for path in sorted(found) if path.lower().endswith(SUFFIXES)]
     readable = [path for path in readable if PurePosixPath(path).name != README]
-    if subset.patterns[0].startswith("**"):
-        readable = of_split(readable, split)
+    if readable and split not in subset.splits:
+        by_split = of_splits(readable)
+        if split not in by_split:
+            raise no_split(subset, split, sorted(by_split), where)
+        readable = by_split[split]
     if not readable:
         kinds = ", ".join(sorted({PurePosixPath(path).suffix for path in found}))
         raise MissingError(
             f"the subset {subset.name!r} has no {', '.join(SUFFIXES)} file"
             + (f"; it has {kinds}" if kinds else ""),
-            where=f"https://huggingface.co/datasets/{repo_id}/tree/{revision}",
+            where=where,
         )
     return [found[path] for path in readable]
+
+
+SPLITS = {
+    TRAIN: {"train", "training"},
+    "test": {"test", "testing", "eval", "evaluation"},
+    "validation": {"validation", "valid", "dev", "val"},
+}
+"""The words in the names of files that tell a split, as the datasets library knows them."""
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -225,13 +287,24 @@ def matches(path: str, pattern: str) -> bool:
     return path.count("/") == pattern.count("/") and fnmatch.fnmatchcase(path, pattern)
 
 
-def of_split(paths: list[str], split: str) -> list[str]:
-    """The files that name a split, or all files if none names any."""
-    names = {path: set(re.split(r"[^a-z0-9]+", path.lower())) for path in paths}
-    splits = {"train", "test", "validation", "valid", "dev", "eval"}
-    if not any(words & splits for words in names.values()):
-        return paths
-    return [path for path in paths if split.lower() in names[path]]
+def of_splits(paths: list[str]) -> dict[str, list[str]]:
+    """Files by the split that their names tell; all are to train on if none tells any."""
+    result: dict[str, list[str]] = {}
+    for path in paths:
+        words = set(re.split(r"[^a-z0-9]+", path.lower()))
+        for split, spellings in SPLITS.items():
+            if words & spellings:
+                result.setdefault(split, []).append(path)
+    return result or {TRAIN: paths}
+
+
+def no_split(subset: Subset, split: str, splits: list[str], where: str) -> MissingError:
+    """What to say of a split that is not there."""
+    return MissingError(
+        f"the subset {subset.name!r} has no split {split!r}; it has {', '.join(splits)}",
+        where=where,
+        hint="choose with --dataset-split",
+    )
 
 
 Choice = dict[str, list[tuple[Subset, str]]]

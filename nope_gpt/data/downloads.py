@@ -13,10 +13,13 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from nope_gpt.artifacts import sync, writing
 from nope_gpt.errors import NetworkError
@@ -29,6 +32,9 @@ FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 60.0
 LONGEST_WISH = 600.0
 """Seconds that a Retry-After is obeyed, at most."""
+
+LOCKS = ".locks"
+POLL_SECONDS = 0.2
 
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as lost."""
@@ -99,21 +105,40 @@ class Downloads:
             CapacityError: The disk is full.
         """
         path = self.path_of(remote)
-        with self.locks[path]:
+        with self.locks[path], self.alone(path, remote):
             return self.fetch_to(path, remote)
 
+    @contextmanager
+    def alone(self, path: Path, remote: Remote) -> Iterator[None]:
+        """Wait until no other process fetches the same bytes to the same place."""
+        lock = FileLock(self.directory / LOCKS / f"{path.name}.lock", timeout=0)
+        has_waited = False
+        while not lock.is_locked:
+            with writing(Path(lock.lock_file)), suppress(Timeout):
+                Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+                break
+            if not has_waited:
+                self.tell(0, f"{remote.path}: another process fetches it: waiting")
+            has_waited = True
+            if self.stopped.wait(POLL_SECONDS):
+                raise NetworkError(f"{remote.path} was not fetched", where=str(path))
+        try:
+            yield
+        finally:
+            lock.release()
+
     def fetch_to(self, path: Path, remote: Remote) -> Path:
-        """The same, when no other thread fetches the same bytes."""
+        """The same, when nobody else fetches the same bytes."""
         part = path.with_name(f"{path.name}.part")
-        with writing(path):
-            self.directory.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             if digest_of(path, remote.digest) == remote.digest:
                 self.tell(remote.size, "")
                 return path
             path.unlink()
-        if part.is_file():
-            self.tell(part.stat().st_size, "")
+        with writing(part):
+            part.touch()
+        self.tell(size_of(part), "")
         damaged = failures = 0
         while True:
             before = size_of(part)
@@ -149,7 +174,7 @@ class Downloads:
     def discard(self, part: Path) -> None:
         """Begin a file anew."""
         self.tell(-size_of(part), "")
-        part.unlink(missing_ok=True)
+        part.write_bytes(b"")
 
     def continue_with(self, part: Path, remote: Remote) -> None:
         """Ask for what is missing of a file, and keep what comes.

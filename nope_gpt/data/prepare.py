@@ -39,7 +39,7 @@ from nope_gpt.data.planning import (
 )
 from nope_gpt.data.samples import Sample
 from nope_gpt.data.schedule import Group, Progress, Schedule, workers
-from nope_gpt.data.shards import Dataset
+from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.data.sources import STANDARD_INPUT, Request, open_sources
 from nope_gpt.data.staging import SUFFIX, Staging
 from nope_gpt.data.units import Recipe
@@ -231,7 +231,7 @@ class Preparation:
         if self.config.overwrite:
             return {}
         try:
-            return Dataset.open(path).manifest
+            return Dataset.open(path).with_keys(TOLD).manifest
         except NopeError as error:
             error.hint = error.hint or "add --overwrite to replace it"
             raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nope_gpt.artifacts import array_file, read_manifest
+from nope_gpt.artifacts import MANIFEST, array_file, read_manifest
 from nope_gpt.data.documents import CHAT, PREFERENCE, TEXT
 from nope_gpt.data.encoding import EncodedDocument, Tokens
 from nope_gpt.errors import MissingError, NopeError, UsageError
+
+NEEDED = {"content": str, "tokenizer": dict, "shards": list}
+TOLD = {"token_dtype": str, "statistics": dict, "made_with": list, "recipe": dict}
+"""What the manifest of a data set says besides that of any directory: what reading it needs,
+and what is there for people."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +175,18 @@ class Dataset:
         Raises:
             NopeError: It is missing, damaged or something else.
         """
-        manifest = read_manifest(path, "dataset")
-        missing = [key for key in ("content", "tokenizer", "shards") if key not in manifest]
-        if missing:
-            raise NopeError(f"the manifest has no {missing[0]!r}", where=str(path))
-        return cls(path, manifest)
+        return cls(path, read_manifest(path, "dataset")).with_keys(NEEDED)
+
+    def with_keys(self, kinds: Mapping[str, type]) -> Dataset:
+        """Return this data set if its manifest has some keys.
+
+        Raises:
+            NopeError: It lacks one.
+        """
+        for key, kind in kinds.items():
+            if not isinstance(self.manifest.get(key), kind):
+                raise NopeError(f"the manifest has no {key!r}", where=str(self.path / MANIFEST))
+        return self
 
     @property
     def content(self) -> str:

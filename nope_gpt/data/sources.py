@@ -231,7 +231,7 @@ def hub_sources(names: list[str], request: Request) -> dict[str, list[Source]]:
         repo_id = known.repo_id if known else name
         revision = pinned.get(repo_id) or catalog.revision_of(repo_id, request.revision)
         if known is None:
-            known = catalog.described_collection(name, revision, request.split)
+            known = catalog.described_collection(name, revision)
         collections[name] = (known, revision)
     chosen = catalog.choose([item for item, _ in collections.values()], request.subset)
     return {
