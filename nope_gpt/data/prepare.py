@@ -42,7 +42,7 @@ from nope_gpt.data.schedule import Group, Progress, Schedule, workers
 from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.data.sources import STANDARD_INPUT, Request, open_sources
 from nope_gpt.data.staging import SUFFIX, Staging
-from nope_gpt.data.units import Recipe
+from nope_gpt.data.units import Recipe, tokenizer_in
 from nope_gpt.errors import CapacityError, Interrupted, NetworkError, NopeError, UsageError
 from nope_gpt.signals import StopRequest, exit_code_of
 from nope_gpt.tokenization import ChatTokenizer
@@ -396,6 +396,7 @@ class Preparation:
     def make_tokenizer(self) -> None:
         """Save the tokenizer where the processes find it, training it if need be."""
         directory = self.staging.tokenizer
+        tokenizer_in.cache_clear()  # An earlier run in this process may have had another there.
         with self.staging.exclusively():
             if (directory / tokenization.FILES[0]).is_file():
                 return
