@@ -14,9 +14,10 @@ import pytest
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data.corpus import groups_of
 from nope_gpt.data.documents import MESSAGES, PAIRS, document_of
+from nope_gpt.data.opening import Request, open_sources
 from nope_gpt.data.planning import base_name, plain
 from nope_gpt.data.reading import PLAIN_TEXT, rows, spans
-from nope_gpt.data.sources import Request, Source, open_sources
+from nope_gpt.data.sources import Source
 from nope_gpt.errors import MissingError, UsageError
 
 NOTES: list[str] = []

@@ -18,8 +18,9 @@ from nope_gpt.data import catalog, units
 from nope_gpt.data.documents import TEXT
 from nope_gpt.data.downloads import Downloads
 from nope_gpt.data.encoding import TEMPLATE, token_dtype
+from nope_gpt.data.opening import is_on_hub
 from nope_gpt.data.schedule import FILES_AHEAD, Group
-from nope_gpt.data.sources import STANDARD_INPUT, Source, is_on_hub
+from nope_gpt.data.sources import STANDARD_INPUT, Source
 from nope_gpt.data.staging import SUFFIX, Part
 from nope_gpt.errors import CapacityError, UsageError
 from nope_gpt.sizing import format_bytes

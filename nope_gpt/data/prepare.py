@@ -23,6 +23,7 @@ from nope_gpt.data.corpus import Corpus
 from nope_gpt.data.documents import CONTENTS, Refused, texts_of
 from nope_gpt.data.downloads import Downloads
 from nope_gpt.data.encoding import Limit, encode
+from nope_gpt.data.opening import Request, open_sources
 from nope_gpt.data.planning import (
     WHOLE,
     Estimate,
@@ -40,7 +41,7 @@ from nope_gpt.data.planning import (
 from nope_gpt.data.samples import Sample
 from nope_gpt.data.schedule import Group, Progress, Schedule, workers
 from nope_gpt.data.shards import TOLD, Dataset
-from nope_gpt.data.sources import STANDARD_INPUT, Request, open_sources
+from nope_gpt.data.sources import STANDARD_INPUT
 from nope_gpt.data.staging import SUFFIX, Staging
 from nope_gpt.data.units import Recipe, tokenizer_in
 from nope_gpt.errors import CapacityError, Interrupted, NetworkError, NopeError, UsageError
