@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from nope_gpt.artifacts import MANIFEST
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data import planning, reading, units
 from nope_gpt.data.commit import Prepared
+from nope_gpt.data.opening import local_file
 from nope_gpt.data.planning import part_of
 from nope_gpt.data.prepare import prepare
 from nope_gpt.data.schedule import Progress
@@ -348,3 +350,27 @@ def test_the_work_of_a_whole_file_has_its_hash_as_its_name(tmp_path: Path) -> No
     assert [s.name for s in shards] == [
         f"shard-{file['sha256'][:16]}-{number:04d}" for number in range(len(shards))
     ]
+
+
+def test_a_merge_leaves_what_parts_have_only_begun(tmp_path: Path) -> None:
+    source, root = write(tmp_path / "a.jsonl"), tmp_path / "root"
+    assert made([source], root, shard="3/4") == [], "a part of no file"
+    with pytest.raises(NopeError, match="groups of files are not encoded yet"):
+        prepare([str(source)], config(root), merge=True)
+    assert (root / "a-bytes.partial" / "plan.json").is_file()
+
+
+def test_two_shares_of_the_same_file_are_units_of_different_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl")
+    file = local_file(path, path.name, reading.PLAIN_TEXT)
+    (whole, *_), rows = reading.spans(path, "a", "a", reading.PLAIN_TEXT), 30
+    names = {
+        units.digest_of(source, [(file, [dataclasses.replace(whole, selection=selection)])])
+        for source, selection in (
+            ("x", None),
+            ("x", reading.Selection(rows, 10, 7)),
+            ("x", reading.Selection(rows, 20, 7)),
+            ("y", reading.Selection(rows, 20, 7)),
+        )
+    }
+    assert len(names) == 4
