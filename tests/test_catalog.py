@@ -520,10 +520,12 @@ def test_a_share_is_the_same_in_parts_and_in_one(
     hub_datasets.smoltalk(hub.root, conversations=40)
     chosen = "--dataset-subset=all:0.5@100,smol-magpie-ultra:0.3"
     assert prepare("smoltalk", chosen, "--name=one").returncode == 0
-    for index in (1, 0):
-        done = prepare("smoltalk", chosen, "--name=parts", f"--shard={index}/2")
-        assert done.returncode == 0, done.stderr
-    assert prepare("smoltalk", chosen, "--name=parts", "--merge").returncode == 0
-    one, parts = (Dataset.open(tmp_path / "datasets" / name) for name in ("one", "parts"))
-    assert one.fingerprint == parts.fingerprint
+    with ThreadPoolExecutor() as together:
+        parts = ("smoltalk", chosen, "--name=parts")
+        runs = [together.submit(prepare, *parts, f"--shard={index}/2") for index in range(2)]
+        done = [run.result() for run in runs]
+    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
+    assert prepare(*parts, "--merge").returncode == 0
+    one, joined = (Dataset.open(tmp_path / "datasets" / name) for name in ("one", "parts"))
+    assert one.fingerprint == joined.fingerprint
     assert one.manifest["statistics"]["documents"] == 100 + 12
