@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Generator, Iterable
-from itertools import repeat
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,14 +22,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nope_gpt import generation, hub
+from nope_gpt.attention import causal_attention
 from nope_gpt.caching import KVCache, LayerCache
 from nope_gpt.config import ModelConfig, SamplingConfig
+from nope_gpt.cross_entropy import summed_cross_entropy
 from nope_gpt.errors import UsageError
 from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
-
-IGNORED = -100
-"""A target that is not trained on."""
 
 NORM_EPSILON = torch.finfo(torch.float32).eps
 """What torch.nn.RMSNorm takes by default in float32; explicit, so that bfloat16 agrees."""
@@ -104,21 +102,25 @@ class NoPEGPT(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.reset_parameters()
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Compute logits, or the loss against targets.
 
         Args:
             tokens: Token ids [B, T].
             targets: The token after each one [B, T], `IGNORED` where nothing is trained.
+            documents: A number for each token [B, T]; no token sees one of another number.
 
         Returns:
-            Logits [B, T, V]; with targets, the sum of the cross entropies in nats [].
+            Logits [B, T, V]; with targets, the sum of the cross entropies in nats [], for
+            which the logits are never held all at once.
         """
-        logits = self.logits(self.decoder(self.token_embeddings(tokens)))
+        hidden = self.decoder(self.token_embeddings(tokens), documents=documents)
         if targets is None:
-            return logits
-        return F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            return self.logits(hidden)
+        return summed_cross_entropy(
+            self.norm(hidden).flatten(0, 1), self.token_embeddings.weight, targets.flatten()
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -317,21 +319,36 @@ class Decoder(nn.Module):
         super().__init__()
         blocks = [DecoderBlock(config) for _ in range(config.num_decoder_layers)]
         self.layers: Iterable[DecoderBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
-        self.activation_checkpointing = False
+        self.recomputed: list[bool] = [False] * len(blocks)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Keep only the input of each block and recompute the rest in the backward pass."""
-        self.activation_checkpointing = True
+    def enable_activation_checkpointing(self, fraction: float = 1.0) -> None:
+        """Keep only the input of some blocks and recompute the rest in the backward pass.
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        Args:
+            fraction: Of the blocks, spread evenly.
+        """
+        count = len(self.recomputed)
+        self.recomputed = [int((i + 1) * fraction) > int(i * fraction) for i in range(count)]
+
+    def compile_blocks(self) -> None:
+        """Fuse what each block does between its matrix products; all share one compilation."""
+        for layer in self.layers:
+            layer.compile()
+
+    def forward(
+        self, hidden: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """[B, T, C] to [B, T, C]."""
-        mask = cache.mask(hidden.size(1)) if cache else None
-        memories = cache.layers if cache else repeat(None)
-        for layer, memory in zip(self.layers, memories, strict=False):
-            if self.activation_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, use_reentrant=False)
+        if cache:
+            mask = cache.mask(hidden.size(1))
+            for layer, memory in zip(self.layers, cache.layers, strict=True):
+                hidden = layer(hidden, memory=memory, mask=mask)
+            return hidden
+        for layer, recompute in zip(self.layers, self.recomputed, strict=True):
+            if recompute and self.training:
+                hidden = checkpoint(layer, hidden, documents, use_reentrant=False)
             else:
-                hidden = layer(hidden, memory, mask)
+                hidden = layer(hidden, documents)
         return hidden
 
 
@@ -346,9 +363,14 @@ class DecoderBlock(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, x: Tensor, memory: LayerCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        documents: Tensor | None = None,
+        *,
+        memory: LayerCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), memory, mask)
+        x = x + self.attention(self.attention_norm(x), documents, memory, mask)
         return x + self.feed_forward(self.feed_forward_norm(x))  # type: ignore[no-any-return]
 
 
@@ -366,22 +388,29 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(size, kv_size, bias=False)
         self.out_proj = nn.Linear(size, size, bias=False)
 
-    def forward(self, x: Tensor, memory: LayerCache | None, mask: Tensor | None) -> Tensor:
-        q = self.heads(self.q_proj(x))  # [B, H, T, D]
-        k = self.heads(self.k_proj(x))  # [B, G, T, D]
-        v = self.heads(self.v_proj(x))
-        if memory:
+    def forward(
+        self,
+        x: Tensor,
+        documents: Tensor | None,
+        memory: LayerCache | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        q, k, v = (self.heads(part) for part in self.projections(x))  # [B, H or G, T, D]
+        if memory is None:
+            out = causal_attention(q, k, v, documents, self.dropout if self.training else 0.0)
+        else:
             k, v = memory.append(k, v)  # [B, G, N, D]
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=memory is None,
-            enable_gqa=self.grouped,
-        )
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
+            out = out.transpose(1, 2).flatten(2)
+        return self.out_proj(out)  # type: ignore[no-any-return]
+
+    def projections(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values by one product, unless the layers are more than a weight."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if any(type(layer) is not nn.Linear for layer in layers):
+            return tuple(layer(x) for layer in layers)
+        weight = torch.cat([layer.weight for layer in layers])
+        return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
 
     def heads(self, x: Tensor) -> Tensor:
         """Split [B, T, H*D] into heads, [B, H, T, D]."""

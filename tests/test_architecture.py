@@ -21,6 +21,7 @@ FLOORS = [
     {"knobs"},
     {"config"},
     {"artifacts", "sizing", "device", "memory", "caching", "generation", "signals"},
+    {"attention", "cross_entropy"},
     {"remote"},
     {"locating"},
     {"hub", "splitting"},

@@ -13,9 +13,10 @@ from reference import SETTINGS, forward, write_published
 from safetensors import safe_open
 from small import small_model
 
+from nope_gpt.cross_entropy import IGNORED
 from nope_gpt.errors import UsageError
 from nope_gpt.hub import published_names
-from nope_gpt.model import IGNORED, NoPEGPT
+from nope_gpt.model import NoPEGPT
 
 HEADS = {"num_q_heads": 6, "num_kv_heads": 2}
 

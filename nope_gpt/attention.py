@@ -1,0 +1,153 @@
+"""Causal attention for training: grouped heads, no positions, optionally within documents.
+
+Where torch has a kernel at full speed, that is taken. On a CPU torch multiplies bfloat16
+no faster than float32 in its attention; there, and to keep documents apart, the queries go
+in blocks, each a pair of batched matrix products at full speed. No block looks at keys that
+the causal mask hides from all of it, and the backward pass computes the probabilities again,
+so that memory grows with T and not with its square.
+
+Shapes: B batch, T tokens, H query heads, G key/value heads, R = H/G, D head dimensions,
+Q queries in a block, K keys up to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 64
+"""Q. With fewer the products are too small to be fast, with more the mask hides more of them."""
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Attend to the tokens so far, and with `documents` to those of the same document alone.
+
+    Args:
+        q: Queries [B, H, T, D].
+        k: Keys [B, G, T, D].
+        v: Values [B, G, T, D].
+        documents: A number for each token [B, T], the same within a document.
+        dropout: Proportion of the probabilities that is silenced.
+
+    Returns:
+        The heads' outputs side by side [B, T, H * D].
+    """
+    torch_is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if dropout == 0.0 and (torch_is_slow or documents is not None):
+        return blockwise_attention(q, k, v, documents)
+    mask = None
+    if documents is not None:
+        mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        enable_gqa=q.size(1) != k.size(1),
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+# An operator of its own, because torch.compile would look inside a function, find the
+# products of the backward pass in the forward pass already, and keep them: T * T numbers.
+@torch.library.custom_op("nope_gpt::blockwise_attention", mutates_args=())
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    """Attention by blocks of queries; arguments and result as `causal_attention` has them."""
+    scale, q = k.size(-1) ** -0.5, by_group(q, k.size(1))
+    k, v = (k * scale).flatten(0, 1), v.flatten(0, 1)
+    out = torch.empty_like(q.permute(0, 3, 1, 2, 4), memory_format=torch.contiguous_format)
+    for now in blocks(q.size(3)):
+        upto = slice(now.stop)
+        p = probabilities(rows(q, now), k[:, upto], now, documents)
+        block = (p @ v[:, upto]).view(q[..., now, :].shape)
+        out[:, now] = block.permute(0, 3, 1, 2, 4)
+    return out.flatten(2)
+
+
+@blockwise_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:  # noqa: ARG001
+    return q.new_empty(q.size(0), q.size(2), q.size(1) * q.size(3))
+
+
+@torch.library.custom_op("nope_gpt::blockwise_attention_backward", mutates_args=())
+def blockwise_attention_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from that of the result, [B, T, H * D]."""
+    shape, groups, scale = k.shape, k.size(1), k.size(-1) ** -0.5
+    gradient = gradient.unflatten(2, (q.size(1), q.size(3))).transpose(1, 2)
+    gradient, q = by_group(gradient, groups), by_group(q, groups)
+    k, v = (k * scale).flatten(0, 1), v.flatten(0, 1)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+    for now in blocks(q.size(3)):
+        queries, gradients, upto = rows(q, now), rows(gradient, now), slice(now.stop)
+        p = probabilities(queries, k[:, upto], now, documents)
+        dv[:, upto] += p.mT @ gradients
+        dp = gradients @ v[:, upto].mT
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        dq[..., now, :] = (ds @ k[:, upto]).view(q[..., now, :].shape)
+        dk[:, upto] += ds.mT @ queries
+    return dq.flatten(1, 2), (dk * scale).type_as(k).view(shape), dv.type_as(v).view(shape)
+
+
+@blockwise_attention_backward.register_fake
+def _(
+    gradient: Tensor,  # noqa: ARG001
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))  # type: ignore[return-value]
+
+
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, documents = ctx.saved_tensors
+    return *blockwise_attention_backward(gradient, q, k, v, documents), None
+
+
+blockwise_attention.register_autograd(backward, setup_context=keep_for_backward)
+
+
+def by_group(x: Tensor, groups: int) -> Tensor:
+    """Put the heads that share a key together: [B, H, T, D] to [B, G, R, T, D]."""
+    return x.unflatten(1, (groups, -1))
+
+
+def blocks(length: int) -> Iterator[slice]:
+    """The blocks of the queries, as slices of T."""
+    return (slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
+
+
+def rows(x: Tensor, now: slice) -> Tensor:
+    """A block of the heads of a group as one matrix: [B, G, R, T, D] to [B * G, R * Q, D]."""
+    return x[..., now, :].flatten(2, 3).flatten(0, 1)
+
+
+def probabilities(q: Tensor, k: Tensor, now: slice, documents: Tensor | None) -> Tensor:
+    """What each query of a block attends to: [B * G, R * Q, D] and [B * G, K, D] to
+    [B * G, R * Q, K].
+    """
+    size = now.stop - now.start
+    scores = (q @ k.mT).unflatten(1, (-1, size))  # [B * G, R, Q, K]
+    future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    scores[..., now].masked_fill_(future, -torch.inf)
+    if documents is not None:
+        foreign = documents[:, now, None] != documents[:, None, : now.stop]  # [B, Q, K]
+        groups = len(scores) // len(documents)
+        foreign = foreign.repeat_interleave(groups, dim=0)[:, None]
+        scores.masked_fill_(foreign, -torch.inf)
+    return torch.softmax(scores, dim=-1).flatten(1, 2)
