@@ -40,7 +40,7 @@ def causal_attention(
     """
     torch_is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if dropout == 0.0 and (torch_is_slow or documents is not None):
-        return blockwise_attention(q, k, v, documents)
+        return blockwise_attention(q, k, v, documents)  # type: ignore[no-any-return]
     mask = None
     if documents is not None:
         mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
@@ -83,7 +83,7 @@ def blockwise_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v from that of the result, [B, T, H * D]."""
     shape, groups, scale = k.shape, k.size(1), k.size(-1) ** -0.5
-    gradient = gradient.unflatten(2, (q.size(1), q.size(3))).transpose(1, 2)
+    gradient = gradient.view(*gradient.shape[:2], q.size(1), q.size(3)).transpose(1, 2)
     gradient, q = by_group(gradient, groups), by_group(q, groups)
     k, v = (k * scale).flatten(0, 1), v.flatten(0, 1)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -110,21 +110,21 @@ def _(
     return tuple(x.new_empty(x.shape) for x in (q, k, v))  # type: ignore[return-value]
 
 
-def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs)
 
 
-def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, documents = ctx.saved_tensors
     return *blockwise_attention_backward(gradient, q, k, v, documents), None
 
 
-blockwise_attention.register_autograd(backward, setup_context=keep_for_backward)
+blockwise_attention.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def by_group(x: Tensor, groups: int) -> Tensor:
     """Put the heads that share a key together: [B, H, T, D] to [B, G, R, T, D]."""
-    return x.unflatten(1, (groups, -1))
+    return x.view(len(x), groups, -1, *x.shape[2:])
 
 
 def blocks(length: int) -> Iterator[slice]:
@@ -142,7 +142,7 @@ def probabilities(q: Tensor, k: Tensor, now: slice, documents: Tensor | None) ->
     [B * G, R * Q, K].
     """
     size = now.stop - now.start
-    scores = (q @ k.mT).unflatten(1, (-1, size))  # [B * G, R, Q, K]
+    scores = (q @ k.mT).view(len(q), -1, size, k.size(1))  # [B * G, R, Q, K]
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     scores[..., now].masked_fill_(future, -torch.inf)
     if documents is not None:

@@ -42,7 +42,8 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     needs_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
         if needs_gradients:
-            return SummedCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-any-return]
+            apply: Any = SummedCrossEntropy.apply
+            return apply(hidden, weight, targets)  # type: ignore[no-any-return]
         return _sums(hidden, weight, targets, None, None)
 
 
@@ -82,8 +83,9 @@ def _sums(
     for start in range(0, len(hidden), CHUNK):
         chunk = slice(start, start + CHUNK)
         scores = hidden[chunk] @ vocabulary.T
-        for part, right in zip(scores.split(rows), targets[chunk].split(rows), strict=True):
-            loss += _to_gradient(part, right)
+        for first in range(0, len(scores), rows):
+            part = slice(first, first + rows)
+            loss += _to_gradient(scores[part], targets[chunk][part])
         if d_hidden is not None:
             d_hidden[chunk] = scores @ vocabulary
         if d_weight is not None:

@@ -410,7 +410,7 @@ class SelfAttention(nn.Module):
         if any(type(layer) is not nn.Linear for layer in layers):
             return tuple(layer(x) for layer in layers)
         weight = torch.cat([layer.weight for layer in layers])
-        return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
+        return torch.split(F.linear(x, weight), [layer.out_features for layer in layers], dim=-1)
 
     def heads(self, x: Tensor) -> Tensor:
         """Split [B, T, H*D] into heads, [B, H, T, D]."""
