@@ -26,6 +26,7 @@ EVALUATION = "Evaluation and checkpoints"
 SAMPLING = "Sampling"
 LORA = "LoRA"
 RUN = "Run"
+RANKS = "Several ranks"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,9 +219,17 @@ class TrainingConfig(Knobs):
     )
     schedule: str = knob(
         "linear",
-        "Learning rate after the warm-up: constant, linear to zero, or cosine to a tenth.",
+        "Learning rate after the warm-up: constant, linear to zero, cosine to a tenth, or wsd: "
+        "constant, then linear to zero.",
         panel=OPTIMIZATION,
-        choices=("constant", "linear", "cosine"),
+        choices=("constant", "linear", "cosine", "wsd"),
+    )
+    decay_fraction: float = knob(
+        0.2,
+        "Fraction of the steps over which --schedule wsd falls to zero.",
+        panel=OPTIMIZATION,
+        above=0.0,
+        maximum=1.0,
     )
     warmup_fraction: float = knob(
         0.02,
@@ -245,6 +254,27 @@ class TrainingConfig(Knobs):
         "Recompute activations in the backward pass: far less memory, about a third more time.",
         panel=OPTIMIZATION,
     )
+    checkpointed_fraction: float = knob(
+        1.0,
+        "Fraction of the blocks that --activation-checkpointing recomputes.",
+        panel=OPTIMIZATION,
+        above=0.0,
+        maximum=1.0,
+    )
+    max_non_finite_steps: int = knob(
+        3,
+        "End after so many steps in a row whose loss or gradient is no finite number; none of "
+        "them changes the weights.",
+        panel=OPTIMIZATION,
+        minimum=1,
+    )
+    loss_spike: str = knob(
+        "warn",
+        "When the loss jumps far out of its recent range: warn; skip the update; or rewind to "
+        "the last checkpoint and leave out the samples since.",
+        panel=OPTIMIZATION,
+        choices=("ignore", "warn", "skip", "rewind"),
+    )
     eval_interval: int = knob(
         100, "Evaluate on the hold-out every this many steps.", panel=EVALUATION, minimum=1
     )
@@ -264,14 +294,45 @@ class TrainingConfig(Knobs):
     keep_checkpoints: int = knob(
         3, "Checkpoints to keep, the newest ones.", panel=EVALUATION, minimum=2
     )
+    keep_every: int | None = knob(
+        None,
+        "Keep those of every so many steps for good, too.",
+        panel=EVALUATION,
+        minimum=1,
+        shown_default="none",
+    )
     run_dir_path: str = knob("./runs", "Root directory of the runs.", panel=RUN)
     run_name: str = knob("pretrain", "Name of the run in the root.", panel=RUN)
     device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps.", panel=RUN)
     precision: str = knob(
         "auto",
-        "float32, or bfloat16 autocast; auto takes bfloat16 where the GPU has it.",
+        "float32, or bfloat16 autocast; auto takes bfloat16 where the hardware has it.",
         panel=RUN,
         choices=("auto", "float32", "bfloat16"),
+    )
+    compile: str = knob(
+        "auto",
+        "Fuse what the blocks do between matrix products, by torch.compile. auto does so for a "
+        "run that is long enough, where there is a compiler.",
+        panel=RUN,
+        choices=("auto", "on", "off"),
+    )
+    ddp_sharding_level: int | None = knob(
+        None,
+        "With more than one rank: 0 gives each a whole copy of the model (DDP), 2 shards "
+        "gradients and optimizer, 3 the weights too (FSDP2).",
+        panel=RANKS,
+        choices=(0, 2, 3),
+        shown_default="2 with more than one rank",
+    )
+    hybrid_sharding: bool = knob(
+        False, "Shard within each node, and replicate across nodes.", panel=RANKS
+    )
+    rank_timeout: float = knob(
+        600.0,
+        "End the run when a rank has stood still for so many seconds, and say which.",
+        panel=RANKS,
+        above=0.0,
     )
     seed: int | None = knob(
         None,
@@ -321,13 +382,39 @@ class PretrainConfig(ModelShape, TrainingConfig):
         panel=MODEL,
         choices=("scaled", "seed"),
     )
-    ddp_sharding_level: int = knob(
-        0,
-        "With more than one rank: 0 gives every rank a whole copy of the model (DDP).",
-        panel=RUN,
-        minimum=0,
-        maximum=0,
+    tokens_per_step: int | None = knob(
+        None,
+        "Tokens for each update of the weights, over all ranks: the accumulation follows.",
+        panel=OPTIMIZATION,
+        minimum=1,
+        shown_default="batch size x accumulation x tokens per sample",
     )
+    document_masking: bool = knob(
+        False, "Let no token see those of another document in its sample.", panel=DATA
+    )
+    sample_interval: int = knob(
+        1000,
+        "Continue a held-out text every this many steps, for TensorBoard; 0 for never.",
+        panel=EVALUATION,
+        minimum=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens_per_step is None:
+            return
+        tokens = self.batch_size * self.tokens_per_sample
+        if self.tokens_per_step % tokens:
+            below = self.tokens_per_step // tokens * tokens
+            near = [str(count) for count in (below, below + tokens) if count]
+            raise UsageError(
+                f"--tokens-per-step is {self.tokens_per_step:,}, which batches of "
+                f"{self.batch_size} samples of {self.tokens_per_sample} tokens, {tokens:,} in "
+                f"each, do not divide",
+                hint=f"--tokens-per-step {' or '.join(near)}",
+            )
+        steps = self.tokens_per_step // tokens
+        object.__setattr__(self, "gradient_accumulation_steps", steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -541,6 +628,27 @@ SHAPE_TINY: dict[str, Any] = {
     "num_decoder_layers": 4,
 }
 
+SHAPE_SMALL: dict[str, Any] = {
+    "embedding_dimensions": 384,
+    "num_q_heads": 6,
+    "num_kv_heads": 2,
+    "num_decoder_layers": 6,
+}
+
+SHAPE_125M: dict[str, Any] = {
+    "embedding_dimensions": 768,
+    "num_q_heads": 12,
+    "num_kv_heads": 4,
+    "num_decoder_layers": 14,
+}
+
+SHAPE_1B: dict[str, Any] = {
+    "embedding_dimensions": 2048,
+    "num_q_heads": 32,
+    "num_kv_heads": 8,
+    "num_decoder_layers": 20,
+}
+
 SHAPE_400M: dict[str, Any] = {
     "embedding_dimensions": 1280,
     "num_q_heads": 20,
@@ -566,7 +674,21 @@ PRESETS: dict[type[Knobs], dict[str, dict[str, Any]]] = {
             "optimizer": "muon",
             "max_steps": 800,
         },
+        "small": {
+            **SHAPE_SMALL,
+            "tokens_per_sample": 512,
+            "batch_size": 16,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 5000,
+        },
+        "125m": {
+            **SHAPE_125M,
+            "tokens_per_sample": 2048,
+            "batch_size": 8,
+            "gradient_accumulation_steps": 32,
+        },
         "400m": SHAPE_400M,
+        "1b": {**SHAPE_1B, "activation_checkpointing": True},
         "seed": {**SEED_RECIPE, "initialization": "seed"},
     },
     TuneConfig: {

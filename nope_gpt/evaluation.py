@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 
 from nope_gpt.data.batches import Batch
 from nope_gpt.device import autocast
-from nope_gpt.model import NoPEGPT
 
 
 @torch.no_grad()
 def summed_loss(
-    model: NoPEGPT,
+    network: nn.Module,
     batches: Iterable[Batch],
     precision: torch.dtype = torch.float32,
     stop: Callable[[], bool] = lambda: False,
@@ -21,7 +21,7 @@ def summed_loss(
     """Sum the cross entropy over batches.
 
     Args:
-        model: Left in the mode it was in.
+        network: A NoPEGPT, or what the ranks share of one; left in the mode it was in.
         batches: Tokens and targets.
         precision: Of the matrix products.
         stop: Asked before each batch; True ends early.
@@ -29,15 +29,16 @@ def summed_loss(
     Returns:
         The sum in nats and the number of tokens it is over.
     """
-    was_training = model.training
-    model.eval()
+    was_training = network.training
+    network.eval()
+    device = next(network.parameters()).device
     total, count = 0.0, 0
     for batch in batches:
         if stop():
             break
-        with autocast(model.device, precision):
-            loss = model(batch.tokens.to(model.device), batch.targets.to(model.device))
+        with autocast(device, precision):
+            loss = network(*batch.to(device))
         total += loss.item()
         count += batch.num_trained
-    model.train(was_training)
+    network.train(was_training)
     return total, count

@@ -29,14 +29,14 @@ class Limits:
     maximum: float | None = None
     above: float | None = None
     below: float | None = None
-    choices: tuple[str, ...] | None = None
+    choices: tuple[Any, ...] | None = None
 
     def complaint(self, value: Any) -> str | None:
         """Say what is wrong with a value, or return None."""
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
         if self.choices is not None and value not in self.choices:
-            return f"must be one of {', '.join(self.choices)}"
+            return f"must be one of {', '.join(map(str, self.choices))}"
         if self.minimum is not None and value < self.minimum:
             return f"must be at least {self.minimum:g}"
         if self.maximum is not None and value > self.maximum:
@@ -59,7 +59,7 @@ def knob(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[Any, ...] | None = None,
 ) -> Any:
     """Declare a setting.
 

@@ -38,9 +38,6 @@ class LoRALinear(nn.Linear):
         adapter = F.linear(F.linear(x, self.lora_a), self.lora_b)
         return F.linear(x, self.weight) + self.alpha * adapter
 
-    def merged_weight(self) -> Tensor:
-        return self.weight.detach() + self.alpha * (self.lora_b @ self.lora_a).detach()
-
 
 def attach(model: NoPEGPT, *, rank: int, alpha: float) -> None:
     """Adapt the six matrices of every layer, and train nothing but the adapters.
@@ -62,10 +59,16 @@ def attach(model: NoPEGPT, *, rank: int, alpha: float) -> None:
 
 
 @torch.no_grad()
-def merged_state(model: NoPEGPT) -> dict[str, Tensor]:
-    """The weights of the model with its adapters folded in; the model stays as it is."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+def merged_state(model: NoPEGPT, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of a model with its adapters folded in; the model stays as it is.
+
+    Args:
+        model: With adapters.
+        state: Its weights by name, if they are not those that it has now.
+    """
+    state = dict(state or model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            state[f"{name}.weight"] = module.merged_weight()
+            a, b = state.pop(f"{name}.lora_a"), state.pop(f"{name}.lora_b")
+            state[f"{name}.weight"] = state[f"{name}.weight"] + module.alpha * (b @ a)
     return state

@@ -335,6 +335,11 @@ class Decoder(nn.Module):
         for layer in self.layers:
             layer.compile()
 
+    def uncompile_blocks(self) -> None:
+        """Undo `compile_blocks`."""
+        for layer in self.layers:
+            layer._compiled_call_impl = None
+
     def forward(
         self, hidden: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> Tensor:

@@ -20,6 +20,7 @@ FLOORS = [
     {"errors"},
     {"knobs"},
     {"config"},
+    {"hardware"},
     {"artifacts", "sizing", "device", "memory", "caching", "generation", "signals"},
     {"attention", "cross_entropy"},
     {"remote"},

@@ -465,7 +465,9 @@ def test_heads_that_do_not_divide_name_both_flags(
     assert all(flag in done.stderr for flag in flags)
 
 
-@pytest.mark.parametrize(("command", "names"), [("pretrain", "tiny, 400m, seed"), ("tune", "tiny")])
+@pytest.mark.parametrize(
+    ("command", "names"), [("pretrain", "tiny, small, 125m, 400m, 1b, seed"), ("tune", "tiny")]
+)
 def test_an_unknown_preset_lists_those_that_there_are(command: str, names: str, call: Call) -> None:
     done = call(command, "--preset", "huge")
     assert done.returncode == 2

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from small import RECIPE, byte_dataset, small_run
 
-from nope_gpt.artifacts import MANIFEST, read_manifest, verify
+from nope_gpt.artifacts import FORMAT_VERSION, MANIFEST, publish, read_manifest, verify
 from nope_gpt.config import PretrainConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.shards import Dataset
@@ -26,8 +26,8 @@ from nope_gpt.locating import newest_checkpoint
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.checkpoints import prune
 from nope_gpt.training.muon import Muon
-from nope_gpt.training.optimization import schedule as learning_rate_fraction
 from nope_gpt.training.runs import stored_record
+from nope_gpt.training.schedules import rate_fraction
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_metrics_say_what_happened(dataset: Path, tmp_path: Path) -> None:
         assert row["tokens_per_second"] > 0
     config = PretrainConfig(**RECIPE)
     assert [row["learning_rate"] for row in rows] == [
-        1e-2 * learning_rate_fraction(step, 6, config) for step in range(6)
+        1e-2 * rate_fraction(step, 6, config) for step in range(6)
     ]
     assert list(tmp_path.glob("pretrain/events.out.tfevents.*"))
 
@@ -263,9 +263,16 @@ def test_two_runs_never_share_their_checkpoints(dataset: Path, tmp_path: Path) -
     assert [checkpoint.name for checkpoint in path.iterdir()] == ["step-1"]
 
 
+def empty_checkpoint(directory: Path, step: int) -> Path:
+    manifest = {"kind": "checkpoint", "format_version": FORMAT_VERSION, "step": step}
+    with publish(directory / f"step-{step}", manifest=manifest) as path:
+        (path / "model.safetensors").write_bytes(b"weights")
+    return directory / f"step-{step}"
+
+
 def test_pruning_never_removes_the_checkpoint_just_written(tmp_path: Path) -> None:
-    for step in (100, 150, 200, 300):
-        (tmp_path / "run" / f"step-{step}").mkdir(parents=True)
+    for step in (50, 100, 150, 200, 300):
+        empty_checkpoint(tmp_path / "run", step)
     prune(tmp_path / "run", 150, 2)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-100", "step-150"]
 
@@ -302,7 +309,7 @@ def test_a_signal_ends_a_run_in_a_checkpoint(
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_the_learning_rate_rises_then_follows_its_schedule(schedule: str) -> None:
     config = PretrainConfig(schedule=schedule, warmup_fraction=0.1)
-    rates = [learning_rate_fraction(step, 100, config) for step in range(100)]
+    rates = [rate_fraction(step, 100, config) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
     assert rates[:10] == sorted(rates[:10])

@@ -214,7 +214,7 @@ def parameter_of(config_type: type, field: dataclasses.Field[Any]) -> inspect.Pa
                 help=field.metadata["help"],
                 rich_help_panel=field.metadata["panel"],
                 show_default=shown,
-                metavar="[" + "|".join(limits.choices) + "]" if limits.choices else None,
+                metavar="[" + "|".join(map(str, limits.choices)) + "]" if limits.choices else None,
             ),
         ],
     )

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -26,15 +26,30 @@ T = TypeVar("T")
 
 
 class Batch(NamedTuple):
-    """A micro-batch: token ids [B, T] and the token after each, or -100, [B, T]."""
+    """A micro-batch: token ids, the token after each or -100, and the number of its document
+    where documents are kept apart; all of them [B, T].
+    """
 
     tokens: Tensor
     targets: Tensor
+    documents: Tensor | None = None
 
     @property
     def num_trained(self) -> int:
         """How many tokens count in the loss."""
         return int((self.targets != IGNORED).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; a copy from pinned memory does not wait."""
+        return self.each(lambda x: x.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same in memory that a GPU can read by itself."""
+        return self.each(Tensor.pin_memory)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        documents = None if self.documents is None else change(self.documents)
+        return Batch(change(self.tokens), change(self.targets), documents)
 
 
 class Batches(Protocol):
@@ -45,6 +60,10 @@ class Batches(Protocol):
 
     @property
     def steps_per_epoch(self) -> int: ...
+
+    def sample_indices(self, step: int) -> NDArray[np.int64]:
+        """Which samples a step trains on, in order."""
+        ...
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
         """The micro-batches of this rank in a step, as many as every other rank's."""
@@ -64,6 +83,7 @@ class TextBatches:
         batch_size: B.
         micro_batches_per_step: Over all ranks.
         seed: Of the order.
+        separate_documents: Number the documents, so that attention can keep them apart.
 
     Raises:
         NopeError: The text is shorter than one sample.
@@ -77,7 +97,9 @@ class TextBatches:
         batch_size: int,
         micro_batches_per_step: int,
         seed: int,
+        separate_documents: bool = False,
     ) -> None:
+        self.separate_documents = separate_documents
         self.train = TokenStream(dataset)
         self.held_out = TokenStream(dataset, holdout=True)
         self.tokens_per_sample = tokens_per_sample
@@ -113,18 +135,27 @@ class TextBatches:
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
         """The micro-batches of this rank in a step."""
         groups = self.sample_indices(step).reshape(-1, self.batch_size)
-        length = self.tokens_per_sample
-        return [
-            batch_of([self.train.read(int(i) * length, length + 1) for i in group], length)
-            for group in groups[rank::world_size]
-        ]
+        starts = (groups[rank::world_size] * self.tokens_per_sample).tolist()
+        return [self.batch(self.train, group) for group in starts]
 
     def holdout(self, limit: int, rank: int, world_size: int) -> Iterator[Batch]:
         """The held-out text from its beginning, each token once; the last sample may be short."""
         length = self.tokens_per_sample
         starts = range(0, max(len(self.held_out) - 1, 0), length)[:limit]
         for group in groups_of(list(starts), self.batch_size, rank, world_size):
-            yield batch_of([self.held_out.read(start, length + 1) for start in group], length)
+            yield self.batch(self.held_out, group)
+
+    def batch(self, stream: TokenStream, starts: Sequence[int]) -> Batch:
+        """The samples that begin at some places of a stream."""
+        length = self.tokens_per_sample
+        result = batch_of([stream.read(start, length + 1) for start in starts], length)
+        if not self.separate_documents:
+            return result
+        documents = np.full(result.tokens.shape, -1, dtype=np.int32)
+        for row, start in enumerate(starts):
+            numbers = stream.documents(start, length)
+            documents[row, : numbers.size] = numbers
+        return result._replace(documents=torch.from_numpy(documents))
 
 
 class ChatBatches:
@@ -200,13 +231,17 @@ class ChatBatches:
     def steps_per_epoch(self) -> int:
         return -(-self.num_samples // self.samples_per_step)
 
-    def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
-        """The micro-batches of this rank in a step; empty ones fill up the last of a pass."""
+    def sample_indices(self, step: int) -> NDArray[np.int64]:
+        """Which conversations a step trains on, in order."""
         epoch, place = divmod(step, self.steps_per_epoch)
         first = place * self.samples_per_step
         last = min(first + self.samples_per_step, self.num_samples)
         drawn = np.arange(first, last, dtype=np.int64)
-        indices = shuffled(drawn, self.num_samples, self.seed, epoch).tolist()
+        return shuffled(drawn, self.num_samples, self.seed, epoch)
+
+    def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
+        """The micro-batches of this rank in a step; empty ones fill up the last of a pass."""
+        indices = self.sample_indices(step).tolist()
         groups = groups_of(indices, self.batch_size, rank, world_size)
         return [self.batch([self.train[index] for index in group]) for group in groups]
 

@@ -272,15 +272,27 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """`count` tokens from `start`, fewer at the end of the stream."""
-        pieces = []
+        pieces = [shard.read(begin, end) for shard, begin, end in self.pieces(start, count)]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+
+    def documents(self, start: int, count: int) -> NDArray[np.int64]:
+        """The document that each of those tokens belongs to, the first one numbered 0."""
+        found: list[NDArray[np.int64]] = []
+        for shard, begin, end in self.pieces(start, count):
+            numbers = np.searchsorted(shard.ends, np.arange(begin, end), side="right")
+            following = found[-1][-1] + 1 if found else 0
+            found.append(numbers - numbers[0] + following)
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    def pieces(self, start: int, count: int) -> Iterator[tuple[Shard, int, int]]:
+        """Where `count` tokens from `start` lie: shards, and from where to where in each."""
         index = int(np.searchsorted(self.offsets, start, side="right")) - 1
         while count > 0 and index < len(self.stretches):
             shard, first, last = self.stretches[index]
             begin = first + start - int(self.offsets[index])
-            piece = shard.read(begin, min(begin + count, last))
-            pieces.append(piece)
-            start, count, index = start + piece.size, count - piece.size, index + 1
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+            end = min(begin + count, last)
+            yield shard, begin, end
+            start, count, index = start + end - begin, count - (end - begin), index + 1
 
 
 def conversations(

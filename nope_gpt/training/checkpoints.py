@@ -10,76 +10,177 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from nope_gpt.artifacts import FORMAT_VERSION, publish, write_json, write_tensors
-from nope_gpt.errors import MissingError, NopeError
+from nope_gpt.artifacts import FORMAT_VERSION, publish, read_manifest, write_json, write_tensors
+from nope_gpt.errors import CapacityError, MissingError, NopeError
 from nope_gpt.locating import checkpoints_in, newest_checkpoint, step_of
+from nope_gpt.sizing import format_bytes
 
 OPTIMIZER = "optimizer.safetensors"
 ADAPTER = "adapter.safetensors"
 STATE = "state.json"
 
+Tensors = dict[str, Tensor]
+
 
 @dataclass
 class Progress:
-    """How far a run has come; with the seed, all that the order of the samples needs."""
+    """How far a run has come; with the seed, all that the order of the samples needs.
+
+    Attributes:
+        step: Steps done.
+        tokens: Trained on.
+        seconds: Of training.
+        left_out: Steps' worth of samples that rewinding has left out.
+        rewinds: How often the run was rewound.
+        recent_losses: Of the last steps, for telling a spike.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    left_out: int = 0
+    rewinds: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+
+    @property
+    def data_step(self) -> int:
+        """Which step's samples come next."""
+        return self.step + self.left_out
 
 
-def save(
-    directory: Path,
-    progress: Progress,
-    write_model: Callable[[Path], None],
-    optimizer_state: dict[str, Tensor],
-    keep: int,
-) -> Path:
-    """Write a checkpoint whole, then prune the others.
+@dataclass(frozen=True)
+class Snapshot:
+    """A moment of a run, in memory that nothing else writes to.
+
+    Attributes:
+        progress: How far the run had come.
+        model: The weights by name.
+        optimizer: The optimizers' tensors, each by the name of its weight and its own.
+    """
+
+    progress: Progress
+    model: Tensors
+    optimizer: Tensors
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes on the disk, nearly."""
+        return sum(value.nbytes for part in (self.model, self.optimizer) for value in part.values())
+
+
+class Saver:
+    """Writes checkpoints while training goes on, one at a time.
 
     Args:
         directory: Of the checkpoints.
-        progress: How far the run has come.
-        write_model: Writes the model's files into a directory.
-        optimizer_state: By the names of `optimizer_state`.
-        keep: Checkpoints to keep, at least 2.
+        write_model: Writes the model's files into a directory, from weights by name.
+        keep: Newest checkpoints to keep, at least 2.
+        keep_every: Also keep those of every so many steps.
+        written: Told of each checkpoint, in the thread that asks.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        write_model: Callable[[Path, Tensors], None],
+        *,
+        keep: int,
+        keep_every: int | None,
+        written: Callable[[Path], None],
+    ) -> None:
+        self.directory = directory
+        self.write_model = write_model
+        self.keep = keep
+        self.keep_every = keep_every
+        self.written = written
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.pending: Future[Path] | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin to write a checkpoint, when the one before is written.
+
+        Raises:
+            CapacityError: The disk is full, now or for the one before; the older
+                checkpoints are whole.
+        """
+        self.wait()
+        refuse_small_disk(self.directory, snapshot.size)
+        self.pending = self.thread.submit(self.write, snapshot)
+
+    def wait(self) -> None:
+        """Wait until what was begun is written; raises what that raised."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            self.written(pending.result())
+
+    def poll(self) -> None:
+        """Tell of a checkpoint that has been written meanwhile."""
+        if self.pending and self.pending.done():
+            self.wait()
+
+    def write(self, snapshot: Snapshot) -> Path:
+        """Write a checkpoint whole, then remove those that are not to be kept."""
+        step = snapshot.progress.step
+        path = self.directory / f"step-{step}"
+        manifest: dict[str, Any] = {
+            "kind": "checkpoint",
+            "format_version": FORMAT_VERSION,
+            "step": step,
+        }
+        with publish(path, manifest=manifest, overwrite=True) as temporary:
+            self.write_model(temporary, snapshot.model)
+            write_tensors(temporary / OPTIMIZER, snapshot.optimizer)
+            write_json(temporary / STATE, asdict(snapshot.progress))
+        read_manifest(path, "checkpoint")
+        prune(self.directory, step, self.keep, self.keep_every)
+        return path
+
+
+def refuse_small_disk(directory: Path, size: int) -> None:
+    """Refuse to begin a checkpoint that the disk has no room for.
 
     Raises:
-        CapacityError: The disk is full; the older checkpoints are whole.
+        CapacityError: With both figures.
     """
-    path = directory / f"step-{progress.step}"
-    manifest: dict[str, Any] = {
-        "kind": "checkpoint",
-        "format_version": FORMAT_VERSION,
-        "step": progress.step,
-    }
-    with publish(path, manifest=manifest, overwrite=True) as temporary:
-        write_model(temporary)
-        write_tensors(temporary / OPTIMIZER, optimizer_state)
-        write_json(temporary / STATE, asdict(progress))
-    prune(directory, progress.step, keep)
-    return path
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise CapacityError(
+            f"a checkpoint takes {format_bytes(size)}, and the disk has {format_bytes(free)} left",
+            where=str(directory),
+            hint="free some space, or choose another --checkpoint-path",
+        )
 
 
-def prune(directory: Path, step: int, keep: int) -> None:
+def prune(directory: Path, step: int, keep: int, keep_every: int | None = None) -> None:
     """Remove all but the newest checkpoints up to a step, and those of an abandoned future.
 
-    What lies beyond the step is damaged, or the run would have gone on from there.
+    What lies beyond the step is damaged or was rewound from, or the run would have gone on
+    from there. Damaged ones do not count among those that are kept.
     """
-    found = sorted(checkpoints_in(directory), key=step_of)
-    past = [path for path in found if step_of(path) <= step]
-    for path in (*past[:-keep], *found[len(past) :]):
-        shutil.rmtree(path)
+    found = sorted(checkpoints_in(directory), key=step_of, reverse=True)
+    kept = [path for path in found if step_of(path) <= step and is_whole(path)]
+    for path in found:
+        is_kept_for_good = keep_every and step_of(path) % keep_every == 0 and step_of(path) <= step
+        if path not in kept[:keep] and not is_kept_for_good:
+            shutil.rmtree(path)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file is there in its size."""
+    try:
+        return bool(read_manifest(checkpoint, "checkpoint"))
+    except NopeError:
+        return False
 
 
 def newest(directory: Path) -> Path | None:
@@ -98,7 +199,7 @@ def read_progress(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> Tensors:
     """Read the optimizer or the adapter of a checkpoint."""
     try:
         return load_file(path)
@@ -106,55 +207,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise MissingError("this checkpoint cannot be resumed from", where=str(path)) from None
     except SafetensorError as error:
         raise NopeError(f"this is not a whole safetensors file: {error}", where=str(path)) from None
-
-
-def optimizer_state(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' tensors, each by the name of its parameter and its own."""
-    names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
-    return {
-        f"{names[weight]}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for optimizer in optimizers
-        for weight, values in optimizer.state.items()
-        for key, value in values.items()
-        if value is not None
-    }
-
-
-def load_optimizer_state(
-    model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]
-) -> None:
-    """Put back what `optimizer_state` gave.
-
-    Raises:
-        NopeError: The tensors are another optimizer's or another model's.
-    """
-    weights = dict(model.named_parameters())
-    owners: dict[Tensor, Optimizer] = {
-        weight: optimizer
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for weight in group["params"]
-    }
-    # A fused optimizer counts its steps where its weights are, any other on the CPU.
-    fused = {
-        weight
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for weight in group["params"]
-        if group.get("fused")
-    }
-    state: dict[Tensor, dict[str, Tensor]] = {weight: {} for weight in owners}
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        if parameter not in weights or weights[parameter] not in owners:
-            raise NopeError(
-                f"the optimizer's state has {name}, and this run trains no such parameter",
-                hint="resume with the settings the run was started with",
-            )
-        weight = weights[parameter]
-        on_device = tensor.dim() > 0 or weight in fused
-        state[weight][key] = tensor.to(weight.device) if on_device else tensor
-    if any(not values for values in state.values()):
-        raise NopeError("the optimizer's state is of another optimizer or incomplete")
-    for tensor, values in state.items():
-        owners[tensor].state[tensor] = values

@@ -2,43 +2,85 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from nope_gpt.config import TrainingConfig
 from nope_gpt.device import Ranks
-from nope_gpt.errors import UsageError
+from nope_gpt.errors import CapacityError, UsageError
+from nope_gpt.model import NoPEGPT
+from nope_gpt.training.watchdog import Watchdog
 
 T = TypeVar("T")
 
+DEFAULT_LEVEL = 2
+"""Shard the gradients and the optimizer."""
+
+GATHERED_PARAMETERS = 2_000_000_000
+"""Beyond this the first rank's memory is too small for the weights and the optimizer of all."""
+
 
 @contextmanager
-def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Join the other ranks, if there are any: nccl on GPUs, gloo elsewhere."""
+def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterator[Watchdog]:
+    """Join the other ranks, if there are any: nccl on GPUs, gloo elsewhere.
+
+    Args:
+        ranks: This process among its peers.
+        device: Of this rank.
+        timeout: Seconds that a rank may stand still.
+
+    Raises:
+        NopeError: A rank is gone; names it.
+    """
     if ranks.world_size == 1:
-        yield
+        yield Watchdog.idle()
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
+    store, rank, world_size = next(rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        # The watchdog is to speak first, since it can name the rank.
+        timeout=timedelta(seconds=2 * timeout + 60),
+    )
+    with Watchdog(PrefixStore("watchdog", store), ranks, timeout) as watchdog:
+        yield watchdog
         dist.barrier()  # No rank takes the group down while another still works in it.
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
-def refuse_uneven(micro_batches: int, ranks: Ranks) -> None:
-    """Refuse a step whose micro-batches the ranks cannot share evenly.
+def refuse_impossible(config: TrainingConfig, ranks: Ranks) -> None:
+    """Refuse what this number of ranks cannot do.
 
     Raises:
-        UsageError: Gives the nearest numbers that they can.
+        UsageError: Sharding needs more ranks, or they cannot share a step's micro-batches
+            evenly; gives the nearest numbers that they can.
     """
+    level = config.ddp_sharding_level
+    if ranks.world_size == 1 and (level or config.hybrid_sharding):
+        flag = f"--ddp-sharding-level is {level}, which" if level else "--hybrid-sharding"
+        raise UsageError(
+            f"{flag} needs more than one rank",
+            hint=f"nope {config.command} --gpus 2, or leave the flag out",
+        )
+    if config.hybrid_sharding and level == 0:
+        raise UsageError("--hybrid-sharding shards, and --ddp-sharding-level 0 does not")
+    micro_batches = config.gradient_accumulation_steps
     if micro_batches % ranks.world_size:
         below = micro_batches // ranks.world_size * ranks.world_size
         near = [str(count) for count in (below, below + ranks.world_size) if count]
@@ -49,22 +91,67 @@ def refuse_uneven(micro_batches: int, ranks: Ranks) -> None:
         )
 
 
-def distribute(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """Have every rank hold the model and average the gradients (DDP)."""
+def distribute(
+    model: NoPEGPT, config: TrainingConfig, ranks: Ranks, device: torch.device
+) -> nn.Module:
+    """Have the ranks share a model and average its gradients: by DDP, or by FSDP2.
+
+    Returns:
+        What to call for a forward pass. The model itself keeps its names.
+
+    Raises:
+        CapacityError: The model is too large for the first rank to gather.
+    """
     if ranks.world_size == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
+    level = DEFAULT_LEVEL if config.ddp_sharding_level is None else config.ddp_sharding_level
+    if level == 0:
+        return DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+    count = sum(weight.numel() for weight in model.parameters())
+    if count > GATHERED_PARAMETERS:
+        raise CapacityError(
+            f"the model has {count:,} parameters, and a checkpoint is gathered on the first "
+            f"rank, which is meant for {GATHERED_PARAMETERS:,} at most",
+            hint="choose a smaller --embedding-dimensions or --num-hidden-layers",
+        )
+    mesh = device_mesh(ranks, device, hybrid=config.hybrid_sharding)
+    for layer in model.decoder.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=level == 3)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    return model
 
 
-def without_sync(network: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+def described(config: TrainingConfig, world_size: int) -> str:
+    """How the ranks share the model, in words."""
+    level = DEFAULT_LEVEL if config.ddp_sharding_level is None else config.ddp_sharding_level
+    shared = {
+        0: "each with the whole model (DDP)",
+        2: "sharing gradients and optimizer (FSDP2)",
+        3: "sharing weights, gradients and optimizer (FSDP2)",
+    }[level]
+    return f"{world_size}, {shared}{', within each node' if config.hybrid_sharding else ''}"
+
+
+def device_mesh(ranks: Ranks, device: torch.device, *, hybrid: bool) -> DeviceMesh:
+    """All ranks in a row, or for hybrid sharding the nodes by the ranks of each."""
+    if not hybrid:
+        return init_device_mesh(device.type, (ranks.world_size,), mesh_dim_names=("shard",))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+    shape = (ranks.world_size // local, local)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def synchronizing(network: nn.Module, is_last: bool) -> AbstractContextManager[None]:
     """Leave the gradients unaveraged until the last micro-batch of a step."""
-    if is_last or not isinstance(network, DistributedDataParallel):
-        return nullcontext()
-    return network.no_sync()
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(is_last)
+    if isinstance(network, DistributedDataParallel) and not is_last:
+        return network.no_sync()
+    return nullcontext()
 
 
 def shared(value: T) -> T:
@@ -90,10 +177,10 @@ def total_of(number: float, device: torch.device) -> float:
     return float(total(torch.tensor(number, dtype=torch.float64, device=device)))
 
 
-def anywhere(flag: int, device: torch.device) -> int:
-    """The largest flag of any rank, so that all act alike."""
+def largest(numbers: list[int], device: torch.device) -> list[int]:
+    """The largest of each number of all ranks, so that all act alike."""
     if not dist.is_initialized():
-        return flag
-    value = torch.tensor(flag, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value)
+        return numbers
+    values = torch.tensor(numbers, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [int(value) for value in values]

@@ -6,7 +6,7 @@ those over as a `Job`, and everything after is the same.
 
 from __future__ import annotations
 
-import math
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +17,21 @@ from torch import Tensor, nn
 
 from nope_gpt.config import TrainingConfig
 from nope_gpt.data.batches import Batch, Batches
-from nope_gpt.device import Ranks, autocast, seed_of
+from nope_gpt.device import autocast, memory_in_use, seed_of
 from nope_gpt.errors import Interrupted, NopeError
 from nope_gpt.evaluation import summed_loss
 from nope_gpt.model import NoPEGPT
 from nope_gpt.signals import StopRequest, exit_code_of
-from nope_gpt.training import checkpoints, distribution
-from nope_gpt.training.optimization import make_optimizers, schedule, set_learning_rate
+from nope_gpt.training import checkpoints, distribution, state
+from nope_gpt.training.checkpoints import Progress, Saver, Snapshot, Tensors
+from nope_gpt.training.guards import MOST_REWINDS, Guard, Verdict
+from nope_gpt.training.optimization import make_optimizers, set_learning_rate
+from nope_gpt.training.prefetching import Prefetcher
 from nope_gpt.training.reporting import EvaluationReport, Listener, StepReport
-from nope_gpt.training.runs import Run
+from nope_gpt.training.runs import Launch, Run
+from nope_gpt.training.sampling import Sampler
+from nope_gpt.training.schedules import rate_fraction
+from nope_gpt.training.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,13 @@ class Job:
         checkpoint_interval: Steps between checkpoints.
         precision: Of the matrix products.
         seed: Of what dropout silences.
-        write_model: Writes the model's files into a checkpoint.
+        write_model: Writes the model's files into a checkpoint, from weights by name.
+        read_model: Reads back the weights that training changes.
+        flops_per_token: Operations to train on one token, for the utilization; None if that
+            is not known.
+        execution: How the model computes, for people.
+        sampler: Continues a text with the model; None for never.
+        sample_interval: Steps between samples, 0 for never.
     """
 
     model: NoPEGPT
@@ -50,145 +62,262 @@ class Job:
     checkpoint_interval: int
     precision: torch.dtype
     seed: int
-    write_model: Callable[[Path], None]
+    write_model: Callable[[Path, Tensors], None]
+    read_model: Callable[[Path], Tensors]
+    flops_per_token: float | None = None
+    execution: str = "eager"
+    sampler: Sampler | None = None
+    sample_interval: int = 0
 
 
 class Trainer:
-    """Runs a job, alone or as one of several ranks."""
+    """Runs a job, alone or as one of several ranks.
+
+    Args:
+        job: What to do.
+        config: The run's settings.
+        run: Where it lives.
+        launch: This process among its peers.
+        listeners: Told what happens, on the first rank.
+        peak_flops: Operations a second that all ranks could do at best, if that is known.
+    """
 
     def __init__(
-        self, job: Job, config: TrainingConfig, run: Run, ranks: Ranks, listeners: list[Listener]
+        self,
+        job: Job,
+        config: TrainingConfig,
+        run: Run,
+        launch: Launch,
+        listeners: list[Listener],
+        peak_flops: float | None,
     ) -> None:
         self.job = job
         self.config = config
         self.run = run
-        self.ranks = ranks
+        self.ranks = launch.ranks
+        self.watchdog = launch.watchdog
         self.listeners = listeners
+        self.peak_flops = peak_flops
         self.device = job.model.device
-        self.progress = run.progress
-        self.optimizers = make_optimizers(job.model, config)
-        if run.resumed_from:
-            tensors = checkpoints.read_tensors(run.resumed_from / checkpoints.OPTIMIZER)
-            checkpoints.load_optimizer_state(job.model, self.optimizers, tensors)
-        self.network: nn.Module = distribution.distribute(job.model, ranks, self.device)
+        self.progress = Progress()
+        self.network = distribution.distribute(job.model, config, self.ranks, self.device)
+        self.optimizers = make_optimizers(job.model, config, job.precision)
         self.trained = [weight for weight in job.model.parameters() if weight.requires_grad]
+        self.guard = Guard(config)
+        self.samples = Prefetcher(job.batches, self.ranks, self.device)
         self.stop = StopRequest()
-        self.last_saved = self.progress.step if run.resumed_from else -1
+        self.stop_signal = 0
+        self.last_saved = -1
+        self.saver = Saver(
+            run.checkpoint_path,
+            job.write_model,
+            keep=config.keep_checkpoints,
+            keep_every=config.keep_every,
+            written=lambda path: self.tell("saved", path),
+        )
+        if run.resumed_from:
+            self.restore(run.resumed_from)
 
     def train(self) -> None:
         """The run: steps, evaluations and checkpoints until the end or a signal.
 
         Raises:
             Interrupted: A signal ended the run, after a checkpoint.
-            NopeError: The loss is no longer a finite number.
+            NopeError: The loss is no longer a finite number, or a rank is gone.
         """
         job = self.job
         self.network.train()
-        with self.stop:
-            while self.progress.step < job.num_steps and not self.stop_requested():
-                report = self.train_step()
-                for listener in self.listeners:
-                    listener.stepped(report)
+        with self.stop, self.watchdog.naming():
+            while self.progress.step < job.num_steps and not self.stop_signal:
+                self.train_step()
                 if self.is_due(job.eval_interval):
                     self.evaluate()
-                if self.is_due(job.checkpoint_interval):
+                if job.sampler and job.sample_interval and self.is_due(job.sample_interval):
+                    self.show_sample(job.sampler)
+                if self.is_due(job.checkpoint_interval) and not self.guard.not_finite:
                     self.save()
+                self.saver.poll()
             self.save()
-            number = self.stop_requested()
-        if number and self.progress.step < job.num_steps:
+            self.saver.wait()
+        if self.stop_signal and self.progress.step < job.num_steps:
             raise Interrupted(
                 f"stopped at step {self.progress.step} of {job.num_steps} by a signal, after "
                 f"saving a checkpoint",
-                exit_code=exit_code_of(number),
+                exit_code=exit_code_of(self.stop_signal),
                 hint="the same command with --resume goes on",
             )
 
-    def train_step(self) -> StepReport:
-        """The step: one update from all micro-batches of all ranks.
+    def train_step(self) -> None:
+        """The step: one update from all micro-batches of all ranks, if they deserve one.
 
         The loss is the sum over trained tokens divided by their number in the whole step,
         so that accumulation, padding and ranks never change it.
         """
         started = time.perf_counter()
-        step = self.progress.step
-        batches = self.job.batches.micro_batches(step, self.ranks.rank, self.ranks.world_size)
+        self.watchdog.beat()
+        step = self.progress.data_step
+        batches = self.samples.micro_batches(step)
         num_trained = self.sum_over_ranks(sum(batch.num_trained for batch in batches))
-        loss = torch.zeros((), device=self.device)
+        loss_sum = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
             self.seed_dropout(step, index)
             is_last = index == len(batches) - 1
-            with distribution.without_sync(self.network, is_last):
-                loss += self.forward_backward(batch, num_trained)
-        loss_value = distribution.total(loss).item()
-        norm = nn.utils.clip_grad_norm_(self.trained, self.config.max_gradient_norm).item()
-        self.refuse_non_finite(loss_value, norm)
-        fraction = schedule(step, self.job.num_steps, self.config)
-        set_learning_rate(self.optimizers, fraction)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with distribution.synchronizing(self.network, is_last):
+                loss_sum += self.forward_backward(batch, num_trained)
+        loss, norm = distribution.total(loss_sum).item(), self.clipped_norm()
+        verdict = self.agree(self.guard.judge(loss, norm, self.progress.recent_losses))
+        if verdict != Verdict.UPDATE:
+            self.complain(verdict, loss, norm)
+        if verdict == Verdict.REWIND and self.rewind():
+            return
+        rate = rate_fraction(self.progress.step, self.job.num_steps, self.config)
+        if verdict <= Verdict.WARN:
+            self.update(rate)
+        self.forget_gradients()
         seconds = time.perf_counter() - started
         self.progress.step += 1
         self.progress.tokens += int(num_trained)
         self.progress.seconds += seconds
-        return StepReport(
-            step=self.progress.step,
-            loss=loss_value,
-            gradient_norm=norm,
-            learning_rate=fraction * self.config.peak_learning_rate,
-            tokens_per_second=num_trained / seconds,
-            tokens=self.progress.tokens,
-            seconds=self.progress.seconds,
-        )
+        self.report(loss, norm, rate, num_trained / seconds)
 
     def forward_backward(self, batch: Batch, num_trained: float) -> Tensor:
         """The micro-batch: add its gradients; returns its share of the step's loss."""
-        tokens = batch.tokens.to(self.device, non_blocking=True)
-        targets = batch.targets.to(self.device, non_blocking=True)
         with autocast(self.device, self.job.precision):
-            loss: Tensor = self.network(tokens, targets) / num_trained
+            loss: Tensor = self.network(*batch.to(self.device)) / num_trained
         # The ranks' gradients are averaged, and the loss is a sum over them.
         torch.autograd.backward(loss * self.ranks.world_size)
         return loss.detach()
 
+    def clipped_norm(self) -> float:
+        """Clip the gradients of all ranks together; returns their norm before."""
+        norm = nn.utils.clip_grad_norm_(self.trained, self.config.max_gradient_norm)
+        return whole(norm).item()
+
+    def update(self, rate: float) -> None:
+        """Move the weights, at a fraction of the peak learning rate."""
+        set_learning_rate(self.optimizers, rate)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def forget_gradients(self) -> None:
+        """Begin the next step's gradients at nothing."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def complain(self, verdict: Verdict, loss: float, norm: float) -> None:
+        """Say what is wrong with a step; raises when it was the last one too many."""
+        ids = self.job.batches.sample_indices(self.progress.data_step).tolist()
+        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        done = "" if verdict == Verdict.WARN else "; nothing was updated"
+        what = (
+            f"step {self.progress.step + 1}: the loss is {loss:.4g} and the gradient norm "
+            f"{norm:.4g}{done} (samples {shown})"
+        )
+        if verdict == Verdict.STOP:
+            raise NopeError(
+                f"{what}, {self.guard.not_finite} times in a row",
+                where=str(self.run.path),
+                hint="resume with a lower --learning-rate: the last checkpoint is sound",
+            )
+        self.tell("noticed", what)
+
+    def rewind(self) -> bool:
+        """Go back to the last checkpoint, and leave out the samples trained on since.
+
+        Raises:
+            NopeError: The run was rewound too often.
+        """
+        if self.progress.rewinds == MOST_REWINDS:
+            raise NopeError(
+                f"the loss jumped again after {MOST_REWINDS} times of rewinding",
+                where=str(self.run.path),
+                hint="resume with a lower --learning-rate, or with --loss-spike warn",
+            )
+        self.saver.wait()
+        checkpoint = distribution.shared(checkpoints.newest(self.run.checkpoint_path))
+        if checkpoint is None:
+            return False
+        next_samples, rewinds = self.progress.data_step + 1, self.progress.rewinds + 1
+        self.restore(checkpoint)
+        self.progress.left_out = next_samples - self.progress.step
+        self.progress.rewinds = rewinds
+        self.tell("rewound", self.progress.step)
+        return True
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint: weights, optimizer and progress."""
+        state.put_back_weights(self.job.model, self.job.read_model(checkpoint))
+        tensors = checkpoints.read_tensors(checkpoint / checkpoints.OPTIMIZER)
+        state.put_back_optimizers(self.job.model, self.optimizers, tensors)
+        self.progress = checkpoints.read_progress(checkpoint)
+        self.last_saved = self.progress.step
+
     def evaluate(self) -> None:
         """Compute the loss of the hold-out, shared among the ranks."""
-        holdout = self.job.batches.holdout(
-            self.config.num_eval_samples, self.ranks.rank, self.ranks.world_size
-        )
         total, count = summed_loss(
-            self.job.model, holdout, self.job.precision, lambda: bool(self.stop_requested())
+            self.network,
+            self.samples.holdout(self.config.num_eval_samples),
+            self.job.precision,
+            self.interrupted,
         )
         total, count = self.sum_over_ranks(total), int(self.sum_over_ranks(count))
-        if count and not self.stop_requested():
-            report = EvaluationReport(self.progress.step, total / count, count)
-            for listener in self.listeners:
-                listener.evaluated(report)
+        if count and not self.stop_signal:
+            self.tell("evaluated", EvaluationReport(self.progress.step, total / count, count))
+
+    def show_sample(self, sampler: Sampler) -> None:
+        """Let the model continue a text; all ranks compute, the first one tells."""
+        self.network.eval()
+        text = sampler.continued(self.network, self.progress.step)
+        self.network.train()
+        self.tell("sampled", self.progress.step, text)
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one."""
+        """Begin to write a checkpoint, unless this step has one; training goes on meanwhile."""
         if self.last_saved == self.progress.step:
             return
         self.last_saved = self.progress.step
+        weights, tensors = state.gathered(self.job.model, self.optimizers)
         if self.ranks.is_first:
-            path = checkpoints.save(
-                self.run.checkpoint_path,
-                self.progress,
-                self.job.write_model,
-                checkpoints.optimizer_state(self.job.model, self.optimizers),
-                self.config.keep_checkpoints,
-            )
-            for listener in self.listeners:
-                listener.saved(path)
+            self.saver.save(Snapshot(copy.deepcopy(self.progress), weights, tensors))
+
+    def report(self, loss: float, norm: float, rate: float, speed: float) -> None:
+        """Tell of a step that is done."""
+        flops, peak = self.job.flops_per_token, self.peak_flops
+        report = StepReport(
+            step=self.progress.step,
+            loss=loss,
+            gradient_norm=norm,
+            learning_rate=rate * self.config.peak_learning_rate,
+            tokens_per_second=speed,
+            tokens=self.progress.tokens,
+            seconds=self.progress.seconds,
+            utilization=flops * speed / peak if flops and peak else None,
+            memory=memory_in_use(self.device),
+        )
+        self.tell("stepped", report)
+
+    def tell(self, event: str, *facts: object) -> None:
+        """Tell the listeners; only the first rank has any."""
+        for listener in self.listeners:
+            getattr(listener, event)(*facts)
 
     def is_due(self, interval: int) -> bool:
         """Whether something happens after this step: every so often, and at the end."""
         step = self.progress.step
         return step % interval == 0 or step >= self.job.num_steps
 
-    def stop_requested(self) -> int:
-        """The signal that asks any rank to stop, or 0."""
-        return distribution.anywhere(int(self.stop.signal), self.device)
+    def agree(self, verdict: Verdict) -> Verdict:
+        """The sternest verdict of any rank; hears of a signal to any rank on the way."""
+        sternest, self.stop_signal = distribution.largest(
+            [verdict, int(self.stop.signal)], self.device
+        )
+        return Verdict(sternest)
+
+    def interrupted(self) -> bool:
+        """Whether any rank was asked to stop, while something long goes on."""
+        self.watchdog.beat()
+        self.agree(Verdict.UPDATE)
+        return bool(self.stop_signal)
 
     def sum_over_ranks(self, value: float) -> float:
         """A number summed over all ranks."""
@@ -199,13 +328,3 @@ class Trainer:
         if self.job.model.config.dropout:
             place = micro_batch * self.ranks.world_size + self.ranks.rank
             torch.manual_seed(seed_of(self.job.seed, step, place))
-
-    def refuse_non_finite(self, loss: float, norm: float) -> None:
-        """Stop before an update that would destroy the weights."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NopeError(
-                f"the loss is {loss} and the gradient norm {norm} in step "
-                f"{self.progress.step + 1}; nothing was updated",
-                where=str(self.run.path),
-                hint="resume with a lower --learning-rate: the last checkpoint is sound",
-            )

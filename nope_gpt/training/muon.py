@@ -1,8 +1,8 @@
 """Muon: momentum whose update of each matrix is made orthogonal.
 
 After Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024).
-torch has one too, which always orthogonalizes in bfloat16; most CPUs multiply that many
-times slower than float32, so here the precision follows the device.
+Torch has one too, which always orthogonalizes in bfloat16, slow where the hardware has none,
+and takes the rows that a rank holds for a whole matrix when the ranks share it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from nope_gpt.training.sharding import as_part, part, part_of, whole
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Jordan's coefficients, which drive every singular value to between 0.7 and 1.2."""
@@ -29,6 +31,7 @@ class Muon(Optimizer):
         lr: How far each matrix moves, in units of its spectral norm.
         weight_decay: Decoupled.
         momentum: Of the gradient, with Nesterov's look ahead.
+        precision: That the updates are made orthogonal in.
     """
 
     def __init__(
@@ -38,8 +41,10 @@ class Muon(Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.precision = precision
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -53,18 +58,20 @@ class Muon(Optimizer):
                 state = self.state[weight]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
-                average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                update = orthogonalized(weight.grad.lerp(average, momentum))
+                rows, gradient = part(weight), part(weight.grad)
+                average = part(state["momentum_buffer"]).lerp_(gradient, 1 - momentum)
+                ahead = as_part(gradient.lerp(average, momentum), weight)
+                update = part_of(orthogonalized(whole(ahead), self.precision), weight)
                 # A tall matrix gets a longer step, so that its outputs move as far.
                 scale = math.sqrt(max(1.0, weight.size(0) / weight.size(1)))
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.type_as(weight), alpha=-group["lr"] * scale)
+                rows.mul_(1 - group["lr"] * group["weight_decay"])
+                rows.add_(update.type_as(rows), alpha=-group["lr"] * scale)
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
+def orthogonalized(matrix: Tensor, precision: torch.dtype) -> Tensor:
     """The matrix with its singular values near 1, by a Newton-Schulz iteration."""
     a, b, c = QUINTIC
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    x = matrix.to(precision)
     is_tall = x.size(0) > x.size(1)
     x = x.T if is_tall else x
     x = x / (x.norm() + 1e-7)

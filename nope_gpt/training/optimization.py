@@ -1,8 +1,7 @@
-"""Optimizers, and the learning rate as a function of the step."""
+"""The optimizers of a run."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,16 +9,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nope_gpt.config import TrainingConfig
+from nope_gpt.training.adafactor import Adafactor
 from nope_gpt.training.muon import Muon
-
-COSINE_FLOOR = 0.1
-"""Where the cosine schedule ends, as a fraction of the peak (Hoffmann et al., 2022, App. B)."""
 
 BESIDE_MUON = 0.3
 """AdamW's learning rate for what Muon leaves to it, as a fraction of Muon's."""
 
 
-def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
+def make_optimizers(
+    model: nn.Module, config: TrainingConfig, precision: torch.dtype
+) -> list[Optimizer]:
     """The optimizers of a run: one, or with Muon two, each for its part of what is trained.
 
     Matrices decay towards zero, but the embedding, which is the head too, and the norms
@@ -36,11 +35,11 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]
     rate = config.peak_learning_rate
     optimizers: list[Optimizer]
     if config.optimizer == "adafactor":
-        foreach = not config.low_memory_optimizer
         groups = [group for group in (decayed, plain) if group["params"]]
-        optimizers = [torch.optim.Adafactor(groups, lr=rate, foreach=foreach)]
+        optimizers = [Adafactor(groups, lr=rate)]
     elif config.optimizer == "muon" and matrices:
-        optimizers = [Muon([decayed], lr=rate), adamw([plain], BESIDE_MUON * rate, config)]
+        muon = Muon([decayed], lr=rate, precision=precision)
+        optimizers = [muon, adamw([plain], BESIDE_MUON * rate, config)]
     else:
         optimizers = [adamw([decayed, plain], rate, config)]
     for optimizer in optimizers:
@@ -63,22 +62,3 @@ def set_learning_rate(optimizers: list[Optimizer], fraction: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = fraction * group["peak_lr"]
-
-
-def schedule(step: int, num_steps: int, config: TrainingConfig) -> float:
-    """The learning rate of a step, counted from 0, as a fraction of its peak.
-
-    1. While warming up it rises linearly, to reach the peak at the end.
-    2. Constant: it stays there.
-    3. Linear: it falls to zero just after the last step. Cosine: to a tenth.
-    """
-    warmup = round(config.warmup_fraction * num_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.schedule == "constant":
-        return 1.0
-    progress = (step - warmup) / max(num_steps - warmup, 1)
-    if config.schedule == "linear":
-        return 1.0 - progress
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return COSINE_FLOOR + (1.0 - COSINE_FLOOR) * cosine

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 
-from nope_gpt import hub
+from nope_gpt import hub, sizing
 from nope_gpt.config import ModelConfig, ModelShape, PretrainConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.finding import find_dataset
@@ -15,9 +16,12 @@ from nope_gpt.data.shards import Dataset
 from nope_gpt.device import resolve_precision
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer
-from nope_gpt.training.loop import Job, Trainer
+from nope_gpt.training.compilation import compile_blocks
+from nope_gpt.training.execution import execute
+from nope_gpt.training.loop import Job
 from nope_gpt.training.reporting import Listener
-from nope_gpt.training.runs import Run, begin, launched, tell_plan
+from nope_gpt.training.runs import begun, launched
+from nope_gpt.training.sampling import Sampler
 
 
 def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool = False) -> Path:
@@ -35,7 +39,31 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool 
         NopeError: The data, the settings or the machine do not allow it.
         Interrupted: A signal ended the run, after a checkpoint.
     """
-    with launched(config) as (config, ranks, device):
+    with launched(config) as (config, launch):
+        task = Pretraining.of(config)
+        with begun(config, task.facts, resume, launch.ranks) as run:
+            job = task.job(launch.device)
+            execute(job, config, run, launch, listeners, task.told)
+    return run.path
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What a config asks for, with its data at hand."""
+
+    config: PretrainConfig
+    dataset: Dataset
+    tokenizer: BaseTokenizer
+    batches: TextBatches
+    model_config: ModelConfig
+
+    @classmethod
+    def of(cls, config: PretrainConfig) -> Self:
+        """Find the data set that a config means.
+
+        Raises:
+            NopeError: There is none, or it is not one to pretrain on.
+        """
         path = find_dataset(
             Path(config.dataset_path).expanduser(),
             config.dataset,
@@ -43,64 +71,95 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool 
         )
         dataset = Dataset.open(path).require("text")
         tokenizer = BaseTokenizer.load(path)
-        assert config.seed is not None
         batches = TextBatches(
             dataset,
             tokens_per_sample=config.tokens_per_sample,
             batch_size=config.batch_size,
             micro_batches_per_step=config.gradient_accumulation_steps,
-            seed=config.seed,
+            seed=config.seed or 0,
+            separate_documents=config.document_masking,
         )
         shape = {field.name: getattr(config, field.name) for field in fields(ModelShape)}
         model_config = ModelConfig(**shape, vocabulary_size=tokenizer.vocabulary_size)
-        facts = {
-            "model": model_config.as_dict(),
-            "tokenizer": dataset.tokenizer,
-            "data set": dataset.fingerprint,
-            "tokens per sample": config.tokens_per_sample,
-            "samples per step": batches.samples_per_step,
-            "optimizer": config.optimizer,
-            "seed": config.seed,
+        return cls(config, dataset, tokenizer, batches, model_config)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must not change while the run goes on."""
+        return {
+            "model": self.model_config.as_dict(),
+            "tokenizer": self.dataset.tokenizer,
+            "data set": self.dataset.fingerprint,
+            "tokens per sample": self.config.tokens_per_sample,
+            "samples per step": self.batches.samples_per_step,
+            "optimizer": self.config.optimizer,
+            "seed": self.config.seed,
         }
-        run = begin(config, facts, resume, ranks)
-        model = make_model(model_config, config, run).to(device)
 
-        def write_model(directory: Path) -> None:
-            hub.save(directory, model.saved())
-            tokenizer.save(directory)
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batches.samples_per_step * self.config.tokens_per_sample
 
-        job = Job(
+    @property
+    def flops_per_token(self) -> int:
+        """Operations to train on one token, in PaLM's convention."""
+        return sizing.training_flops_per_token(
+            self.model_config, self.config.tokens_per_sample, causal=False
+        )
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What people want to know before it begins."""
+        passes = self.config.max_steps / self.batches.steps_per_epoch
+        return {
+            "data": f"{self.dataset.path} ({len(self.batches.train):,} tokens, "
+            f"{passes:.1f} passes)",
+            "step": f"{self.batches.samples_per_step} samples of "
+            f"{self.config.tokens_per_sample} tokens",
+        }
+
+    def job(self, device: torch.device) -> Job:
+        """What the loop is to do, with a fresh model."""
+        config = self.config
+        assert config.seed is not None
+        model = self.fresh_model().to(device)
+        precision = resolve_precision(config.precision, device)
+
+        def write_model(directory: Path, weights: dict[str, torch.Tensor]) -> None:
+            hub.save(directory, model.saved(weights))
+            self.tokenizer.save(directory)
+
+        return Job(
             model=model,
-            batches=batches,
+            batches=self.batches,
             num_steps=config.max_steps,
             eval_interval=config.eval_interval,
             checkpoint_interval=config.checkpoint_interval,
-            precision=resolve_precision(config.precision, device),
+            precision=precision,
             seed=config.seed,
             write_model=write_model,
+            read_model=lambda checkpoint: hub.load(checkpoint).state,
+            flops_per_token=self.flops_per_token,
+            execution=compile_blocks(
+                model,
+                config,
+                precision=precision,
+                shape=(config.batch_size, config.tokens_per_sample),
+                flops=self.flops_per_token * self.tokens_per_step * config.max_steps,
+            ),
+            sampler=Sampler.of(self.batches, self.tokenizer, config.seed),
+            sample_interval=config.sample_interval,
         )
-        passes = config.max_steps / batches.steps_per_epoch
-        told = {
-            "data": f"{path} ({len(batches.train):,} tokens, {passes:.1f} passes)",
-            "step": f"{batches.samples_per_step} samples of {config.tokens_per_sample} tokens",
-        }
-        with tell_plan(job, config, run, ranks, listeners, told) as hearing:
-            Trainer(job, config, run, ranks, hearing).train()
-    return run.path
 
-
-def make_model(model_config: ModelConfig, config: PretrainConfig, run: Run) -> NoPEGPT:
-    """A fresh model, or the one of the checkpoint to go on from."""
-    if run.resumed_from:
-        model = NoPEGPT.from_saved(hub.load(run.resumed_from))
-        model.set_dropout(model_config.dropout)
-    else:
+    def fresh_model(self) -> NoPEGPT:
+        """The model that the seed draws."""
+        config = self.config
         assert config.seed is not None
         torch.manual_seed(config.seed)
-        model = NoPEGPT.from_config(model_config)
+        model = NoPEGPT.from_config(self.model_config)
         if config.initialization == "seed":
             model.initialize_as_seed()
-    model.trained_context_length = config.tokens_per_sample
-    if config.activation_checkpointing:
-        model.decoder.enable_activation_checkpointing()
-    return model
+        model.trained_context_length = config.tokens_per_sample
+        if config.activation_checkpointing:
+            model.decoder.enable_activation_checkpointing(config.checkpointed_fraction)
+        return model

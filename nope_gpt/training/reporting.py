@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nope_gpt.artifacts import write_file
 
@@ -38,6 +38,8 @@ class StepReport:
         tokens_per_second: Trained tokens of all ranks.
         tokens: Trained tokens since the run began.
         seconds: Of training since the run began.
+        utilization: Of what the hardware can do at best, or None if that is not known.
+        memory: Bytes that the first rank uses, or None if that is not known.
     """
 
     step: int
@@ -47,6 +49,12 @@ class StepReport:
     tokens_per_second: float
     tokens: int
     seconds: float
+    utilization: float | None = None
+    memory: int | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity_of(self.loss)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,12 @@ class EvaluationReport:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return perplexity_of(self.loss)
+
+
+def perplexity_of(loss: float) -> float:
+    """Of a mean cross entropy in nats."""
+    return math.exp(min(loss, 700.0))
 
 
 class Listener:
@@ -77,6 +90,15 @@ class Listener:
     def saved(self, checkpoint: Path) -> None:
         """A checkpoint was written."""
 
+    def noticed(self, what: str) -> None:
+        """Something went other than planned, and the run goes on."""
+
+    def sampled(self, step: int, text: str) -> None:
+        """The model continued a text."""
+
+    def rewound(self, step: int) -> None:
+        """The run went back to after a step."""
+
     def ended(self) -> None:
         """The run is over, for whatever reason."""
 
@@ -86,18 +108,37 @@ class RunLog(Listener):
 
     Args:
         directory: Of the run.
-        first_step: Steps that were done before; what was logged after them is dropped,
-            because those steps are about to be done again.
+        settings: The resolved config, shown beside the curves.
     """
 
-    def __init__(self, directory: Path, first_step: int) -> None:
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        self.directory = directory
+        self.settings = settings
+
+    def planned(self, plan: Plan) -> None:
+        """Open both, to go on after the steps that were done before."""
+        self.open(plan.first_step)
+        listing = json.dumps(self.settings, indent=2)
+        self.writer.add_text("Settings", f"```json\n{listing}\n```", plan.first_step)
+
+    def open(self, step: int) -> None:
+        """Drop what was logged after a step, because those steps are about to be done again."""
         from torch.utils.tensorboard import SummaryWriter
 
-        path = directory / "metrics.jsonl"
-        kept = [line for line in rows(path) if json.loads(line)["step"] <= first_step]
+        path = self.directory / "metrics.jsonl"
+        kept = [line for line in rows(path) if json.loads(line)["step"] <= step]
         write_file(path, "".join(kept).encode())
         self.file: IO[str] = path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(directory), purge_step=first_step + 1)
+        self.writer = SummaryWriter(str(self.directory), purge_step=step + 1)
+
+    def rewound(self, step: int) -> None:
+        """Drop the steps that the run went back behind."""
+        self.ended()
+        self.open(step)
+
+    def sampled(self, step: int, text: str) -> None:
+        """Show the text beside the curves."""
+        self.writer.add_text("Sample", text, step)
 
     def stepped(self, report: StepReport) -> None:
         """Log a step."""
@@ -110,6 +151,8 @@ class RunLog(Listener):
                 "tokens_per_second": round(report.tokens_per_second, 1),
                 "tokens": report.tokens,
                 "seconds": round(report.seconds, 3),
+                "utilization": report.utilization,
+                "memory": report.memory,
             }
         )
         scalars = {
@@ -117,16 +160,19 @@ class RunLog(Listener):
             "Gradient Norm": report.gradient_norm,
             "Learning Rate": report.learning_rate,
             "Tokens per Second": report.tokens_per_second,
+            "Model FLOPs Utilization": report.utilization,
+            "Memory": report.memory,
         }
         for name, value in scalars.items():
-            self.writer.add_scalar(name, value, report.step)
+            if value is not None:
+                self.writer.add_scalar(name, value, report.step)
 
     def evaluated(self, report: EvaluationReport) -> None:
         """Log an evaluation."""
         self.write({"step": report.step, "eval_loss": report.loss, "perplexity": report.perplexity})
         self.writer.add_scalar("Perplexity", report.perplexity, report.step)
 
-    def write(self, row: dict[str, float]) -> None:
+    def write(self, row: dict[str, float | None]) -> None:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 

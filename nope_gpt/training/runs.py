@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 
 from nope_gpt import __version__
-from nope_gpt.artifacts import DAMAGE, is_leftover, write_json
+from nope_gpt.artifacts import DAMAGE, is_leftover, write_file, write_json, writing
 from nope_gpt.config import TrainingConfig
-from nope_gpt.device import Ranks, draw_seed, resolve_device
+from nope_gpt.device import Ranks, draw_seed, resolve_device, reuse_freed_memory
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.locating import RUN, checkpoints_in
 from nope_gpt.training import checkpoints, distribution
-from nope_gpt.training.reporting import Listener, Plan, RunLog
-
-if TYPE_CHECKING:
-    from nope_gpt.training.loop import Job
+from nope_gpt.training.watchdog import Watchdog
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -40,12 +40,6 @@ class Run:
     path: Path
     checkpoint_path: Path
     resumed_from: Path | None
-
-    @property
-    def progress(self) -> checkpoints.Progress:
-        if self.resumed_from is None:
-            return checkpoints.Progress()
-        return checkpoints.read_progress(self.resumed_from)
 
 
 def run_path(root: str, name: str) -> Path:
@@ -106,6 +100,30 @@ def open_run(config: TrainingConfig, facts: dict[str, Any], resume: bool) -> Run
     Raises:
         UsageError: The run exists and is not to be resumed, or its facts changed.
     """
+    path, stored = check_run(config, facts, resume)
+    record = {
+        "command": config.command,
+        "version": __version__,
+        "checkpoints": str(checkpoint_path(config)),
+        "config": config.as_dict(),
+        "facts": facts,
+    }
+    directory = path / checkpoint_path(config)
+    newest = checkpoints.newest(directory) if stored else None
+    for leftover in filter(is_leftover, directory.glob("step-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write_json(path / RUN, record)
+    return Run(path, directory, newest)
+
+
+def check_run(
+    config: TrainingConfig, facts: dict[str, Any], resume: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Where a run lives and what is stored of it, if it may begin or go on; changes nothing.
+
+    Raises:
+        UsageError: The run exists and is not to be resumed, or its facts changed.
+    """
     path = run_path(config.run_dir_path, config.run_name)
     stored = stored_record(path, config.command)
     if stored and not resume:
@@ -117,99 +135,99 @@ def open_run(config: TrainingConfig, facts: dict[str, Any], resume: bool) -> Run
         )
     if stored:
         check_facts(stored.get("facts", {}), facts, path)
-    record = {
-        "command": config.command,
-        "version": __version__,
-        "checkpoints": str(checkpoint_path(config)),
-        "config": config.as_dict(),
-        "facts": facts,
-    }
     directory = path / checkpoint_path(config)
-    newest = checkpoints.newest(directory) if stored else None
     if not stored and checkpoints_in(directory):
         raise UsageError(
             "there are checkpoints of another run here",
             where=str(directory),
             hint="choose another --checkpoint-path",
         )
-    for leftover in filter(is_leftover, directory.glob("step-*")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write_json(path / RUN, record)
-    return Run(path, directory, newest)
+    return path, stored
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among the ranks of a run.
+
+    Attributes:
+        ranks: Which one it is, and how many there are.
+        device: What it computes on.
+        watchdog: Told of everything that gets done.
+    """
+
+    ranks: Ranks
+    device: torch.device
+    watchdog: Watchdog
 
 
 @contextmanager
-def launched(config: C) -> Iterator[tuple[C, Ranks, torch.device]]:
+def launched(config: C) -> Iterator[tuple[C, Launch]]:
     """Join the other ranks, if torchrun started any, and settle the seed for all of them.
 
-    Gives the config with its seed, this rank, and its device.
+    Gives the config with its seed, and this rank's place.
 
     Raises:
-        UsageError: There is no such device, or the ranks cannot share a step evenly.
+        UsageError: There is no such device, or the ranks cannot do what is asked.
     """
     ranks = Ranks.from_environment()
     device = resolve_device(config.device, ranks)
-    distribution.refuse_uneven(config.gradient_accumulation_steps, ranks)
-    with distribution.process_group(ranks, device):
+    distribution.refuse_impossible(config, ranks)
+    if device.type == "cpu":
+        reuse_freed_memory()
+    with distribution.process_group(ranks, device, config.rank_timeout) as watchdog:
         if config.seed is None:
             config = config.changed(seed=distribution.shared(draw_seed()))
-        yield config, ranks, device
-
-
-def begin(config: TrainingConfig, facts: dict[str, Any], resume: bool, ranks: Ranks) -> Run:
-    """Open the run on the first rank, which alone writes, and tell the others."""
-    outcome: Run | NopeError | None = None
-    if ranks.is_first:
-        try:
-            outcome = open_run(config, facts, resume)
-        except NopeError as error:
-            outcome = error
-    outcome = distribution.shared(outcome)
-    assert outcome is not None
-    if isinstance(outcome, NopeError):
-        raise outcome
-    return outcome
+        yield config, Launch(ranks, device, watchdog)
 
 
 @contextmanager
-def tell_plan(
-    job: Job,
-    config: TrainingConfig,
-    run: Run,
-    ranks: Ranks,
-    listeners: list[Listener],
-    facts: dict[str, str],
-) -> Iterator[list[Listener]]:
-    """Tell the listeners what is about to happen, and in the end that it is over.
+def begun(
+    config: TrainingConfig, facts: dict[str, Any], resume: bool, ranks: Ranks
+) -> Iterator[Run]:
+    """Open the run on the first rank, which alone writes, and tell the others.
 
-    Gives the listeners of this rank: only the first has any.
+    No other process can open it until this is over.
     """
-    if not ranks.is_first:
-        yield []
-        return
-    first = run.progress.step
-    hearing = [RunLog(run.path, first), *listeners]
-    count = sum(weight.numel() for weight in job.model.parameters())
-    plan = Plan(
-        first_step=first,
-        num_steps=job.num_steps,
-        facts={
-            "model": f"{count:,} parameters, vocabulary {job.model.vocabulary_size:,}",
-            **facts,
-            "recipe": f"{config.optimizer}, learning rate {config.peak_learning_rate:g}, "
-            f"{config.schedule}",
-            "device": f"{job.model.device}, {str(job.precision).removeprefix('torch.')}",
-            "seed": str(job.seed),
-            "run": str(run.path),
-        },
-    )
+    with ExitStack() as stack:
+        outcome: Run | NopeError | None = None
+        if ranks.is_first:
+            try:
+                path, _ = check_run(config, facts, resume)
+                stack.enter_context(locked(path))
+                outcome = open_run(config, facts, resume)
+            except NopeError as error:
+                outcome = error
+        outcome = distribution.shared(outcome)
+        assert outcome is not None
+        if isinstance(outcome, NopeError):
+            raise outcome
+        yield outcome
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep a run for this process alone; the system lets go when the process is gone.
+
+    Raises:
+        UsageError: Another process has it; names it.
+    """
+    holder = path / "run.pid"
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
     try:
-        for listener in hearing:
-            listener.planned(plan)
-        yield hearing
-    finally:
-        for listener in hearing:
-            listener.ended()
+        with FileLock(path / "run.lock", blocking=False):
+            write_file(holder, f"process {os.getpid()} on {platform.node()}".encode())
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
+    except Timeout:
+        name = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise UsageError(
+            f"{name} trains this run now",
+            where=str(path),
+            hint="wait for it, or choose another --run-name",
+        ) from None
 
 
 def check_facts(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:

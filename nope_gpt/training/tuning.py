@@ -19,9 +19,10 @@ from nope_gpt.locating import WEIGHTS, locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import ChatTokenizer
 from nope_gpt.training import checkpoints
-from nope_gpt.training.loop import Job, Trainer
+from nope_gpt.training.execution import execute
+from nope_gpt.training.loop import Job
 from nope_gpt.training.reporting import Listener
-from nope_gpt.training.runs import begin, launched, tell_plan
+from nope_gpt.training.runs import begun, launched
 
 
 def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False) -> Path:
@@ -47,7 +48,7 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False)
             "there is no base model to tune",
             hint="nope tune --model runs/pretrain, or --model andrewdalpino/NoPE-GPT-400M-Base",
         )
-    with launched(config) as (config, ranks, device):
+    with launched(config) as (config, launch):
         base = locate(named)
         tokenizer = ChatTokenizer.load(base)
         path = find_dataset(Path(config.dataset_path).expanduser(), config.dataset, content="chat")
@@ -66,12 +67,6 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False)
             "seed": config.seed,
         }
         model = make_model(base, tokenizer, config)
-        run = begin(config, facts, resume, ranks)
-        if run.resumed_from:
-            tensors = checkpoints.read_tensors(run.resumed_from / checkpoints.ADAPTER)
-            model.load_state_dict(tensors, strict=False)
-        model.to(device)
-        job = make_job(model, tokenizer, batches, config)
         told = {
             "base": str(base),
             "data": f"{path} ({batches.num_samples:,} conversations, {batches.num_cut:,} cut, "
@@ -79,8 +74,9 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False)
             "trained": f"{model.num_trainable_params:,} parameters: adapters of rank "
             f"{config.rank} and the token embedding",
         }
-        with tell_plan(job, config, run, ranks, listeners, told) as hearing:
-            Trainer(job, config, run, ranks, hearing).train()
+        with begun(config, facts, resume, launch.ranks) as run:
+            job = make_job(model.to(launch.device), tokenizer, batches, config)
+            execute(job, config, run, launch, listeners, told)
     return run.path
 
 
@@ -126,7 +122,7 @@ def make_model(base: Path, tokenizer: ChatTokenizer, config: TuneConfig) -> NoPE
     lora.attach(model, rank=config.rank, alpha=config.alpha)
     model.unfreeze_token_embeddings()
     if config.activation_checkpointing:
-        model.decoder.enable_activation_checkpointing()
+        model.decoder.enable_activation_checkpointing(config.checkpointed_fraction)
     return model
 
 
@@ -136,10 +132,13 @@ def make_job(
     """What the loop is to do; intervals are in passes over the data."""
     assert config.seed is not None
 
-    def write_model(directory: Path) -> None:
-        hub.save(directory, model.saved(lora.merged_state(model)))
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def write_model(directory: Path, weights: dict[str, Tensor]) -> None:
+        hub.save(directory, model.saved(lora.merged_state(model, weights)))
         tokenizer.save(directory)
-        write_tensors(directory / checkpoints.ADAPTER, trained_tensors(model))
+        adapter = {name: weights[name] for name in sorted(trained)}
+        write_tensors(directory / checkpoints.ADAPTER, adapter)
 
     num_steps = config.num_epochs * batches.steps_per_epoch
     return Job(
@@ -151,13 +150,5 @@ def make_job(
         precision=resolve_precision(config.precision, model.device),
         seed=config.seed,
         write_model=write_model,
+        read_model=lambda checkpoint: checkpoints.read_tensors(checkpoint / checkpoints.ADAPTER),
     )
-
-
-def trained_tensors(model: NoPEGPT) -> dict[str, Tensor]:
-    """What tuning changes: the adapters and the token embedding."""
-    return {
-        name: weight.detach().cpu().contiguous()
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }

@@ -1,0 +1,122 @@
+"""Doing a job: tell what is about to happen, train, and explain what goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nope_gpt import sizing
+from nope_gpt.config import SizeConfig, TrainingConfig
+from nope_gpt.device import peak_flops
+from nope_gpt.errors import CapacityError
+from nope_gpt.model import NoPEGPT
+from nope_gpt.training import distribution
+from nope_gpt.training.checkpoints import read_progress
+from nope_gpt.training.loop import Job, Trainer
+from nope_gpt.training.reporting import Listener, Plan, RunLog
+from nope_gpt.training.runs import Launch, Run
+
+
+def execute(
+    job: Job,
+    config: TrainingConfig,
+    run: Run,
+    launch: Launch,
+    listeners: list[Listener],
+    facts: dict[str, str],
+) -> None:
+    """Train, and tell the listeners of the first rank.
+
+    Raises:
+        CapacityError: The memory is too small; with the figures and what to change.
+        Interrupted: A signal ended the run, after a checkpoint.
+        NopeError: The loss is no longer a finite number, or a rank is gone.
+    """
+    peak = peak_flops(launch.device, job.precision)
+    plan = plan_of(job, config, run, launch, facts)
+    log: Listener = RunLog(run.path, config.as_dict())
+    listeners = [log, *listeners] if launch.ranks.is_first else []
+    with told(plan, listeners), explaining_memory(job.model, config):
+        peak = peak and peak * launch.ranks.world_size
+        Trainer(job, config, run, launch, listeners, peak_flops=peak).train()
+
+
+@contextmanager
+def told(plan: Plan, listeners: list[Listener]) -> Iterator[None]:
+    """Tell the listeners what is about to happen, and in the end that it is over."""
+    try:
+        for listener in listeners:
+            listener.planned(plan)
+        yield
+    finally:
+        for listener in listeners:
+            listener.ended()
+
+
+def plan_of(
+    job: Job, config: TrainingConfig, run: Run, launch: Launch, facts: dict[str, str]
+) -> Plan:
+    """What is about to happen."""
+    count = sum(weight.numel() for weight in job.model.parameters())
+    world_size = launch.ranks.world_size
+    device = f"{launch.device}, {str(job.precision).removeprefix('torch.')}, {job.execution}"
+    return Plan(
+        first_step=read_progress(run.resumed_from).step if run.resumed_from else 0,
+        num_steps=job.num_steps,
+        facts={
+            "model": f"{count:,} parameters, vocabulary {job.model.vocabulary_size:,}",
+            **facts,
+            "recipe": f"{config.optimizer}, learning rate {config.peak_learning_rate:g}, "
+            f"{config.schedule}",
+            "device": device,
+            **({"ranks": distribution.described(config, world_size)} if world_size > 1 else {}),
+            "seed": str(job.seed),
+            "run": str(run.path),
+        },
+    )
+
+
+@contextmanager
+def explaining_memory(model: NoPEGPT, config: TrainingConfig) -> Iterator[None]:
+    """Turn a failed allocation into the figures of the plan and the cheapest lever.
+
+    Raises:
+        CapacityError: The memory is too small.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(
+            error
+        )
+        if not is_memory:
+            raise
+        raise CapacityError(
+            f"the memory of {model.device} is too small{expected_memory(model, config)}",
+            hint=lever(config),
+        ) from error
+
+
+def expected_memory(model: NoPEGPT, config: TrainingConfig) -> str:
+    """The plan's figures for a model, in words."""
+    settings = config.as_dict() | model.config.as_dict()
+    known = {name: value for name, value in settings.items() if name in SizeConfig.__annotations__}
+    plan = sizing.training_memory(SizeConfig(**model.config.as_dict()).changed(**known))
+    parts = sorted(plan.as_dict().items(), key=lambda item: -item[1])
+    listing = ", ".join(f"{name} {sizing.format_bytes(size)}" for name, size in parts if size)
+    return f": the plan is {sizing.format_bytes(plan.peak)} ({listing})"
+
+
+def lever(config: TrainingConfig) -> str:
+    """What frees most memory for the least loss."""
+    if config.batch_size > 1:
+        smaller = config.batch_size // 2
+        steps = config.gradient_accumulation_steps * config.batch_size // smaller
+        return f"--batch-size {smaller} --gradient-accumulation-steps {steps}"
+    if not config.activation_checkpointing:
+        return "--activation-checkpointing"
+    if config.optimizer != "adafactor":
+        return "--optimizer adafactor"
+    return "a smaller --tokens-per-sample or --embedding-dimensions"
