@@ -588,7 +588,10 @@ class SizeConfig(ModelConfig):
         1, "Samples that pass through the network at a time.", panel=OPTIMIZATION, minimum=1
     )
     optimizer: str = knob(
-        "adamw", "adamw or adafactor.", panel=OPTIMIZATION, choices=("adamw", "adafactor")
+        "adamw",
+        "adamw, adafactor or muon.",
+        panel=OPTIMIZATION,
+        choices=("adamw", "adafactor", "muon"),
     )
     precision: str = knob(
         "bfloat16",

@@ -79,6 +79,26 @@ def resolve_device(name: str, ranks: Ranks | None = None) -> torch.device:
     return device
 
 
+def refuse_missing_gpus(count: int, device: str) -> None:
+    """Refuse to start more ranks than this machine has GPUs for.
+
+    Args:
+        count: Of the ranks.
+        device: What was asked for; several ranks can share a CPU, if that is asked for.
+
+    Raises:
+        UsageError: With how many there are.
+    """
+    if device == "cpu":
+        return
+    found = torch.cuda.device_count() if cuda_works() else 0
+    if count > found:
+        raise UsageError(
+            f"--gpus is {count}, and this machine has {found} that can be used",
+            hint=f"--gpus {found}" if found else "leave it out, or add --device cpu to try ranks",
+        )
+
+
 def cuda_works() -> bool:
     """Whether an NVIDIA or AMD GPU can be used."""
     return torch.cuda.is_available()

@@ -212,10 +212,15 @@ def training_moments(config: SizeConfig) -> dict[str, MemoryPlan]:
 
 
 def _optimizer_bytes(config: SizeConfig) -> int:
-    """AdamW: two averages for each parameter. Adafactor: a row and a column for each matrix."""
+    """AdamW: two averages for each parameter; Muon: one for those of the blocks' matrices.
+    Adafactor: a row and a column for each matrix.
+    """
     count = count_parameters(config)
     if config.optimizer == "adamw":
         return 2 * FLOAT32 * count.total
+    if config.optimizer == "muon":
+        matrices = count.attention + count.mlp
+        return FLOAT32 * (matrices + 2 * (count.total - matrices))
     d = config.embedding_dimensions
     # The sides of q and out, of k and v, and of the two matrices of the MLP.
     block = 2 * (d + d) + 2 * (d + config.kv_dimensions) + 2 * (d + config.hidden_dimensions)

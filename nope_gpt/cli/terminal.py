@@ -44,8 +44,15 @@ def result_of_ranks(text: str, value: dict[str, Any], as_json: bool) -> None:
 
 
 def fail(error: NopeError) -> NoReturn:
-    """Print an error in its three parts and exit with its code, quickly and quietly."""
+    """Print an error in its three parts and exit with its code, quickly and quietly.
+
+    Of several ranks the first prints it all, any other a line, as most errors are of all.
+    """
     console = talk()
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        console.print(f"rank {rank}: {error.what}", markup=False, style="dim")
+        sys.exit(error.exit_code)
     console.print("[bold red]error:[/] ", end="")
     console.print(error.what, markup=False)
     if error.where:

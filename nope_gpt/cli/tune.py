@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from nope_gpt.cli.launching import GPUS, launch
 from nope_gpt.cli.options import JSON, RESUME, configured
 from nope_gpt.cli.terminal import result_of_ranks
 from nope_gpt.config import TuneConfig
 
 
-@configured(TuneConfig, RESUME, JSON)
-def command(config: TuneConfig, resume: bool, json: bool) -> None:
+@configured(TuneConfig, RESUME, GPUS, JSON)
+def command(config: TuneConfig, resume: bool, gpus: int | None, json: bool) -> None:
     """Teach a base model to answer, by LoRA on a prepared data set of conversations.
 
     Trains low-rank adapters and the token embedding on the answers alone. The base model
@@ -23,5 +24,8 @@ def command(config: TuneConfig, resume: bool, json: bool) -> None:
     from nope_gpt.cli.watching import Watcher
     from nope_gpt.training.tuning import tune
 
+    if gpus is not None:
+        launch(gpus, config.device)
+        return
     path = tune(config, [Watcher("tune")], resume=resume)
     result_of_ranks(str(path), {"run": str(path)}, json)

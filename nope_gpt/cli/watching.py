@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.progress import Progress, TaskID
 
 from nope_gpt.cli.terminal import Pace, duration, progress_bar, say, talk
+from nope_gpt.sizing import format_bytes
 from nope_gpt.training.reporting import EvaluationReport, Listener, Plan, StepReport
 
 
@@ -37,7 +38,7 @@ class Watcher(Listener):
 
     def stepped(self, report: StepReport) -> None:
         """Show the figures of a step."""
-        figures = f"loss {report.loss:.3f} · {report.tokens_per_second:,.0f} tok/s"
+        figures = figures_of(report)
         if self.bar:
             self.bar.update(self.task, completed=report.step, figures=figures)
         elif report.step == self.num_steps or self.pace.is_due():
@@ -55,6 +56,21 @@ class Watcher(Listener):
         """Show where a checkpoint went."""
         self.line(f"saved {checkpoint}", style="dim")
 
+    def noticed(self, what: str) -> None:
+        """Show what went other than planned."""
+        self.line(what, style="yellow")
+
+    def sampled(self, step: int, text: str) -> None:
+        """Show what the model made of a text, on a terminal."""
+        if self.bar:
+            self.line(f"step {step}: {text}", style="italic")
+
+    def rewound(self, step: int) -> None:
+        """Show where the run goes on."""
+        self.line(f"going on from step {step}, without the samples since", style="yellow")
+        if self.bar:
+            self.bar.update(self.task, completed=step)
+
     def line(self, text: str, style: str | None = None) -> None:
         console = self.bar.console if self.bar else self.console
         console.print(text, style=style, markup=False)
@@ -63,3 +79,16 @@ class Watcher(Listener):
         """Take the bar away."""
         if self.bar:
             self.bar.stop()
+
+
+def figures_of(report: StepReport) -> str:
+    """The figures of a step in a line: loss, perplexity, speed, utilization and memory."""
+    figures = [
+        f"loss {report.loss:.3f}",
+        f"perplexity {report.perplexity:,.1f}",
+        f"{report.tokens_per_second:,.0f} tok/s",
+        "MFU n/a" if report.utilization is None else f"MFU {report.utilization:.0%}",
+    ]
+    if report.memory is not None:
+        figures.append(format_bytes(report.memory))
+    return " · ".join(figures)

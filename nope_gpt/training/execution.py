@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from nope_gpt import sizing
-from nope_gpt.config import SizeConfig, TrainingConfig
+from nope_gpt.config import TrainingConfig
 from nope_gpt.device import peak_flops
-from nope_gpt.errors import CapacityError
-from nope_gpt.model import NoPEGPT
 from nope_gpt.training import distribution
 from nope_gpt.training.checkpoints import read_progress
 from nope_gpt.training.loop import Job, Trainer
+from nope_gpt.training.planning import explaining_memory
 from nope_gpt.training.reporting import Listener, Plan, RunLog
 from nope_gpt.training.runs import Launch, Run
 
@@ -38,7 +34,7 @@ def execute(
     plan = plan_of(job, config, run, launch, facts)
     log: Listener = RunLog(run.path, config.as_dict())
     listeners = [log, *listeners] if launch.ranks.is_first else []
-    with told(plan, listeners), explaining_memory(job.model, config):
+    with told(plan, listeners), explaining_memory(config, job.model.config, job.precision):
         peak = peak and peak * launch.ranks.world_size
         Trainer(job, config, run, launch, listeners, peak_flops=peak).train()
 
@@ -76,47 +72,3 @@ def plan_of(
             "run": str(run.path),
         },
     )
-
-
-@contextmanager
-def explaining_memory(model: NoPEGPT, config: TrainingConfig) -> Iterator[None]:
-    """Turn a failed allocation into the figures of the plan and the cheapest lever.
-
-    Raises:
-        CapacityError: The memory is too small.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        is_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(
-            error
-        )
-        if not is_memory:
-            raise
-        raise CapacityError(
-            f"the memory of {model.device} is too small{expected_memory(model, config)}",
-            hint=lever(config),
-        ) from error
-
-
-def expected_memory(model: NoPEGPT, config: TrainingConfig) -> str:
-    """The plan's figures for a model, in words."""
-    settings = config.as_dict() | model.config.as_dict()
-    known = {name: value for name, value in settings.items() if name in SizeConfig.__annotations__}
-    plan = sizing.training_memory(SizeConfig(**model.config.as_dict()).changed(**known))
-    parts = sorted(plan.as_dict().items(), key=lambda item: -item[1])
-    listing = ", ".join(f"{name} {sizing.format_bytes(size)}" for name, size in parts if size)
-    return f": the plan is {sizing.format_bytes(plan.peak)} ({listing})"
-
-
-def lever(config: TrainingConfig) -> str:
-    """What frees most memory for the least loss."""
-    if config.batch_size > 1:
-        smaller = config.batch_size // 2
-        steps = config.gradient_accumulation_steps * config.batch_size // smaller
-        return f"--batch-size {smaller} --gradient-accumulation-steps {steps}"
-    if not config.activation_checkpointing:
-        return "--activation-checkpointing"
-    if config.optimizer != "adafactor":
-        return "--optimizer adafactor"
-    return "a smaller --tokens-per-sample or --embedding-dimensions"

@@ -13,12 +13,13 @@ from nope_gpt.config import ModelConfig, ModelShape, PretrainConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
-from nope_gpt.device import resolve_precision
+from nope_gpt.device import peak_flops, resolve_device, resolve_precision
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.compilation import compile_blocks
 from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
+from nope_gpt.training.planning import EXPECTED_UTILIZATION, DryRun, memory_plan
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import begun, launched
 from nope_gpt.training.sampling import Sampler
@@ -45,6 +46,29 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool 
             job = task.job(launch.device)
             execute(job, config, run, launch, listeners, task.told)
     return run.path
+
+
+def dry_run(config: PretrainConfig, ranks: int = 1) -> DryRun:
+    """What `pretrain` would do with a config, without a model.
+
+    Raises:
+        NopeError: The data, the settings or the machine do not allow it.
+    """
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    task = Pretraining.of(config)
+    peak = peak_flops(device, precision)
+    flops = task.flops_per_token * task.tokens_per_step * config.max_steps
+    memory = memory_plan(config, task.model_config, precision)
+    return DryRun(
+        parameters=sizing.count_parameters(task.model_config).total,
+        tokens_per_step=task.tokens_per_step,
+        tokens=task.tokens_per_step * config.max_steps,
+        flops=flops,
+        memory=memory.as_dict() | {"peak": memory.peak},
+        seconds=flops / (peak * ranks * EXPECTED_UTILIZATION) if peak else None,
+        told=task.told,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,421 @@
+"""How fast a training step is: ours beside the peers', and beside the hardware's own rate.
+
+    pip install -e '.[bench]'
+    python benchmarks/train.py [--shape small|400m] [--device cuda] [--rounds 5] [--steps 4]
+
+Every way trains the same network on the same micro-batch in a process of its own: forward,
+backward, clipping, fused AdamW. The processes take turns, round after round, and the table
+gives medians over all steps; first steps, with their compilation, are not counted, but told.
+The first step of every way must have our loss and our gradient norm, on the same weights.
+The rate of the hardware is that of bare matrix products in bfloat16, on the shapes of the
+network forward and back, weighted by their operations. Peak memory is that of a process on
+a CPU less what it took before its first step, and of the tensors on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nope_gpt import sizing
+from nope_gpt.config import ModelConfig, PretrainConfig
+from nope_gpt.device import autocast, reuse_freed_memory
+from nope_gpt.model import NoPEGPT
+from nope_gpt.training.optimization import make_optimizers
+
+SHAPES: dict[str, dict[str, int]] = {
+    "small": {"d": 384, "layers": 6, "heads": 6, "kv": 2, "vocabulary": 4096, "T": 256, "B": 16},
+    "vocabulary": {
+        "d": 384,
+        "layers": 6,
+        "heads": 6,
+        "kv": 2,
+        "vocabulary": 50257,
+        "T": 256,
+        "B": 16,
+    },
+    "400m": {"d": 1280, "layers": 20, "heads": 20, "kv": 5, "vocabulary": 50257, "T": 4096, "B": 4},
+}
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def model_config(shape: dict[str, int]) -> ModelConfig:
+    """Our config of a shape."""
+    return ModelConfig(
+        vocabulary_size=shape["vocabulary"],
+        embedding_dimensions=shape["d"],
+        num_q_heads=shape["heads"],
+        num_kv_heads=shape["kv"],
+        num_decoder_layers=shape["layers"],
+    )
+
+
+def seeded(shape: dict[str, int]) -> NoPEGPT:
+    """Our network, with the weights that every way begins with."""
+    torch.manual_seed(0)
+    return NoPEGPT.from_config(model_config(shape))
+
+
+def ours(shape: dict[str, int], *, compiled: bool) -> tuple[nn.Module, Step]:
+    """This project's model, loss and settings of the process."""
+    reuse_freed_memory()
+    model = seeded(shape)
+    if compiled:
+        model.decoder.compile_blocks()
+    return model, lambda tokens, targets: model(tokens, targets) / targets.numel()
+
+
+def transformers(shape: dict[str, int]) -> tuple[nn.Module, Step]:
+    """The same network in Hugging Face transformers: Arcee with SiLU, its rotation turned off."""
+    from transformers import ArceeConfig, ArceeForCausalLM
+
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 1e30,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1,
+    }
+    config = ArceeConfig(
+        vocab_size=shape["vocabulary"],
+        hidden_size=shape["d"],
+        intermediate_size=4 * shape["d"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"],
+        head_dim=shape["d"] // shape["heads"],
+        rms_norm_eps=torch.finfo(torch.float32).eps,
+        hidden_act="silu",
+        tie_word_embeddings=True,
+        max_position_embeddings=shape["T"],
+        bos_token_id=None,
+        eos_token_id=None,
+        rope_parameters=rope,
+        use_cache=False,
+    )
+    model = ArceeForCausalLM(config)
+    names = {
+        "token_embeddings": "model.embed_tokens",
+        "decoder.layers": "model.layers",
+        "attention_norm": "input_layernorm",
+        "feed_forward_norm": "post_attention_layernorm",
+        "attention.out_proj": "self_attn.o_proj",
+        "attention.": "self_attn.",
+        "feed_forward.": "mlp.",
+        "up.": "up_proj.",
+        "down.": "down_proj.",
+    }
+    state = {}
+    for name, weight in seeded(shape).state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        state["model." + name if name.startswith("norm") else name] = weight
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert missing in ([], ["lm_head.weight"]) and not unexpected, (missing, unexpected)
+    model.tie_weights()
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        # The targets are ours, one later already.
+        result: Tensor = model(input_ids=tokens, labels=targets, shift_labels=targets).loss
+        return result
+
+    return model, loss
+
+
+class PlainBlock(nn.Module):
+    """A block as a compact training script writes it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, kv = config.embedding_dimensions, config.kv_dimensions
+        self.size = config.head_dimensions
+        self.sizes = (d, kv, kv)
+        self.norm1 = nn.RMSNorm(d, eps=torch.finfo(torch.float32).eps)
+        self.norm2 = nn.RMSNorm(d, eps=torch.finfo(torch.float32).eps)
+        self.qkv = nn.Linear(d, d + 2 * kv, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
+        self.up = nn.Linear(d, config.hidden_dimensions, bias=False)
+        self.down = nn.Linear(config.hidden_dimensions, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(self.norm1(x)).split(self.sizes, dim=-1)
+        q, k, v = (p.view(*p.shape[:2], -1, self.size).transpose(1, 2) for p in parts)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.out(y.transpose(1, 2).reshape(x.shape))
+        return x + self.down(F.silu(self.up(self.norm2(x))))
+
+
+class Plain(nn.Module):
+    """The network as a compact training script writes it: all logits, one cross entropy."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocabulary_size, config.embedding_dimensions)
+        self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.num_decoder_layers))
+        self.norm = nn.RMSNorm(config.embedding_dimensions, eps=torch.finfo(torch.float32).eps)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.embedding.weight)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1))
+
+
+def plain(shape: dict[str, int]) -> tuple[nn.Module, Step]:
+    """A nanoGPT-class script: a compact model, compiled as a whole."""
+    source, model = seeded(shape), Plain(model_config(shape))
+    with torch.no_grad():
+        model.embedding.weight.copy_(source.token_embeddings.weight)
+        model.norm.weight.copy_(source.norm.weight)
+        for block, layer in zip(model.blocks, source.decoder.layers, strict=True):
+            attention, feed_forward = layer.attention, layer.feed_forward
+            parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+            block.qkv.weight.copy_(torch.cat(parts))
+            block.out.weight.copy_(attention.out_proj.weight)
+            block.up.weight.copy_(feed_forward.up.weight)
+            block.down.weight.copy_(feed_forward.down.weight)
+    return model, torch.compile(model)
+
+
+WAYS: dict[str, tuple[Callable[[dict[str, int]], tuple[nn.Module, Step]], torch.dtype]] = {
+    "nope, compiled": (lambda shape: ours(shape, compiled=True), torch.bfloat16),
+    "nope, eager": (lambda shape: ours(shape, compiled=False), torch.bfloat16),
+    "transformers, float32": (transformers, torch.float32),
+    "transformers, bfloat16": (transformers, torch.bfloat16),
+    "nanoGPT-class, compiled": (plain, torch.bfloat16),
+}
+
+
+def product_rate(shape: dict[str, int], device: torch.device) -> float:
+    """Operations a second of bare matrix products in bfloat16, forward and back."""
+    config, rows = model_config(shape), shape["B"] * shape["T"]
+    d, kv, hidden = config.embedding_dimensions, config.kv_dimensions, config.hidden_dimensions
+    layers = config.num_decoder_layers
+    sizes = [(d, d + 2 * kv, layers), (d, d, layers), (d, hidden, layers), (hidden, d, layers)]
+    flops = seconds = 0.0
+    for inner, outer, count in [*sizes, (d, config.vocabulary_size, 1)]:
+        x, weight, gradient = (
+            torch.randn(size, device=device).bfloat16()
+            for size in ((rows, inner), (outer, inner), (rows, outer))
+        )
+        for one, other in ((x, weight.T), (gradient, weight), (gradient.T, x)):
+            once = least_seconds(lambda a=one, b=other: torch.mm(a, b), device)
+            seconds += count * once
+            flops += count * 2 * rows * inner * outer
+    return flops / seconds
+
+
+def least_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The median of five times, after one that does not count."""
+    times = []
+    for _ in range(6):
+        started = now(device)
+        work()
+        times.append(now(device) - started)
+    return statistics.median(times[1:])
+
+
+def now(device: torch.device) -> float:
+    """The time, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def serve(way: str, shape: dict[str, int], device: torch.device) -> None:
+    """Be one way: answer each line on stdin, a number of steps, with their seconds."""
+    if way == "products":
+        for _ in sys.stdin:
+            print(json.dumps(product_rate(shape, device)), flush=True)
+        return
+    build, precision = WAYS[way]
+    model, loss_of = build(shape)
+    model.to(device).train()
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randint(
+        0, shape["vocabulary"], (shape["B"], shape["T"] + 1), generator=generator
+    )
+    tokens, targets = sample[:, :-1].contiguous().to(device), sample[:, 1:].contiguous().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if way.startswith("nope"):
+        (optimizer,) = make_optimizers(model, PretrainConfig(learning_rate=1e-4), precision)
+
+    def step() -> tuple[float, float, float]:
+        started = now(device)
+        with autocast(device, precision):
+            loss = loss_of(tokens, targets)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item(), norm.item(), now(device) - started
+
+    before = memory(device)
+    loss, norm, first = step()
+    print(json.dumps({"loss": loss, "norm": norm, "first": first}), flush=True)
+    step()
+    for line in sys.stdin:
+        if line.strip() == "memory":
+            print(json.dumps(memory(device) - before), flush=True)
+        else:
+            print(json.dumps([step()[2] for _ in range(int(line))]), flush=True)
+
+
+def memory(device: torch.device) -> int:
+    """The most bytes that there ever were: of tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+class Worker:
+    """A way in a process of its own."""
+
+    def __init__(self, way: str, arguments: list[str]) -> None:
+        command = [sys.executable, __file__, "--way", way, *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.first = {} if way == "products" else self.read()
+
+    def read(self) -> Any:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a way failed: {self.process.args}")
+        return json.loads(line)
+
+    def ask(self, what: str | int) -> Any:
+        """Have it do so many steps, or something else; returns what it answers."""
+        assert self.process.stdin
+        print(what, file=self.process.stdin, flush=True)
+        return self.read()
+
+    def end(self) -> None:
+        """Let it go."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measured(shape: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
+    """All ways in turn."""
+    arguments = ["--device", options.device, "--threads", str(options.threads)]
+    arguments += ["--dimensions", json.dumps(shape)]
+    ways = [way for way in WAYS if way not in options.without]
+    workers = {way: Worker(way, arguments) for way in ways}
+    refuse_other_networks(workers)
+    products = Worker("products", arguments)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    rates = []
+    for _ in range(options.rounds):
+        rates.append(products.ask("once"))
+        for way in ways:
+            seconds[way] += workers[way].ask(options.steps)
+    peaks = {way: workers[way].ask("memory") for way in ways}
+    for worker in (*workers.values(), products):
+        worker.end()
+    return {
+        "product_rate": statistics.median(rates),
+        "seconds": {way: statistics.median(times) for way, times in seconds.items()},
+        "first_step": {way: workers[way].first["first"] for way in ways},
+        "peak_memory": peaks,
+    }
+
+
+def refuse_other_networks(workers: dict[str, Worker]) -> None:
+    """Stop if a way trains something else than ours."""
+    ours = workers["nope, eager"].first
+    for way, worker in workers.items():
+        for what, tolerance in (("loss", 2e-3), ("norm", 3e-2)):
+            if abs(worker.first[what] / ours[what] - 1) > tolerance:
+                raise SystemExit(f"{way} trains another network: {what} {worker.first} {ours}")
+
+
+def table(shape: dict[str, int], found: dict[str, Any]) -> str:
+    """The figures as markdown."""
+    flops = sizing.training_flops_per_token(model_config(shape), shape["T"], causal=False)
+    tokens, rate = shape["B"] * shape["T"], found["product_rate"]
+    peer = "transformers, bfloat16"
+    lines = [
+        f"Bare products in bfloat16: {rate / 1e9:,.0f} GFLOP/s. {flops / 1e6:.1f} MFLOPs for each "
+        f"token (PaLM convention).",
+        "",
+        "| way | tok/s | of the bare products | beside transformers bf16 | peak memory | "
+        "beside it | first step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for way, seconds in found["seconds"].items():
+        speed, peak = tokens / seconds, found["peak_memory"]
+        faster = found["seconds"].get(peer, float("nan")) / seconds
+        memory_ratio = peak[way] / peak[peer] if peer in peak else float("nan")
+        lines.append(
+            f"| {way} | {speed:,.0f} | {speed * flops / rate:.0%} | {faster:.2f} | "
+            f"{sizing.format_bytes(peak[way])} | {memory_ratio:.2f} | "
+            f"{found['first_step'][way]:.1f} s |"
+        )
+    return "\n".join(lines)
+
+
+def hardware(options: argparse.Namespace) -> str:
+    """What this ran on."""
+    from importlib.metadata import version
+
+    name = platform.processor() or platform.machine()
+    if options.device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
+    return (
+        f"{name}, {options.threads} threads, Python {platform.python_version()}, torch "
+        f"{torch.__version__}, transformers {version('transformers')}"
+    )
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="in each round")
+    parser.add_argument("--without", action="append", default=[], choices=WAYS)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--dimensions", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.way:
+        serve(options.way, options.dimensions, torch.device(options.device))
+        return
+    shape = SHAPES[options.shape]
+    found = measured(shape, options)
+    if options.json:
+        print(json.dumps({"shape": shape, "hardware": hardware(options), **found}))
+        return
+    print(f"{hardware(options)}\n{shape}\n\n{table(shape, found)}")
+
+
+if __name__ == "__main__":
+    main()

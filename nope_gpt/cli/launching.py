@@ -1,0 +1,72 @@
+"""Starting a command again as several ranks, as torchrun would."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+from nope_gpt.cli.options import option
+from nope_gpt.cli.terminal import say
+from nope_gpt.errors import UsageError
+
+GPUS = option(
+    "gpus",
+    int,
+    "Train on so many GPUs of this machine, one process for each; with --device cpu, so many "
+    "processes on its CPU.",
+    default=None,
+    metavar="N",
+    minimum=1,
+)
+
+
+def launch(count: int, device: str) -> None:
+    """Run this very command line as several ranks, and end as they end.
+
+    Raises:
+        UsageError: There are too few GPUs, or torchrun has started ranks already.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from nope_gpt.device import refuse_missing_gpus
+
+    if "WORLD_SIZE" in os.environ:
+        raise UsageError("--gpus starts ranks, and torchrun has started some already")
+    refuse_missing_gpus(count, device)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="nope",
+        max_restarts=0,
+    )
+    command = [sys.executable, "-u", "-m", "nope_gpt.cli", *without_gpus(sys.argv[1:])]
+    try:
+        elastic_launch(config, entrypoint=command[0])(*command[1:])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            say(f"rank {rank} of {count} was ended by {name}, and with it the run")
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+
+
+def without_gpus(arguments: list[str]) -> list[str]:
+    """A command line without its --gpus."""
+    result: list[str] = []
+    skip = False
+    for word in arguments:
+        if skip or word.startswith("--gpus="):
+            skip = False
+        elif word == "--gpus":
+            skip = True
+        else:
+            result.append(word)
+    return result
