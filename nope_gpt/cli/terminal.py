@@ -51,7 +51,8 @@ def fail(error: NopeError) -> NoReturn:
     console = talk()
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        console.print(f"rank {rank}: {error.what}", markup=False, style="dim")
+        hint = f"; next: {error.hint}" if error.hint else ""
+        console.print(f"rank {rank}: {error.what}{hint}", markup=False, style="dim")
         sys.exit(error.exit_code)
     console.print("[bold red]error:[/] ", end="")
     console.print(error.what, markup=False)

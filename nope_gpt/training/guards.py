@@ -6,8 +6,6 @@ import math
 import statistics
 from enum import IntEnum
 
-from nope_gpt.config import TrainingConfig
-
 WINDOW = 128
 """Steps that a loss is compared with."""
 
@@ -29,39 +27,25 @@ class Verdict(IntEnum):
     SKIP = 2
     REWIND = 3
     NOT_FINITE = 4
-    STOP = 5
 
 
-class Guard:
-    """Judges each step before its update.
+def judge(loss: float, norm: float, recent: list[float], on_spike: str) -> Verdict:
+    """Say what a step deserves before its update.
 
     Args:
-        config: The run's settings.
+        loss, norm: Of the step, over all ranks.
+        recent: Losses of the steps before; kept up to date.
+        on_spike: ignore, warn, skip or rewind.
     """
-
-    def __init__(self, config: TrainingConfig) -> None:
-        self.config = config
-        self.not_finite = 0
-
-    def judge(self, loss: float, norm: float, recent: list[float]) -> Verdict:
-        """Say what a step's loss and gradient norm deserve.
-
-        Args:
-            loss, norm: Of the step, over all ranks.
-            recent: Losses of the steps before; kept up to date.
-        """
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.not_finite += 1
-            is_last = self.not_finite >= self.config.max_non_finite_steps
-            return Verdict.STOP if is_last else Verdict.NOT_FINITE
-        self.not_finite = 0
-        spike = is_spike(loss, recent)
-        if not spike or self.config.loss_spike in ("ignore", "warn"):
-            recent.append(loss)
-            del recent[:-WINDOW]
-        if not spike or self.config.loss_spike == "ignore":
-            return Verdict.UPDATE
-        return Verdict[self.config.loss_spike.upper()]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return Verdict.NOT_FINITE
+    spike = is_spike(loss, recent)
+    if not spike or on_spike in ("ignore", "warn"):
+        recent.append(loss)
+        del recent[:-WINDOW]
+    if not spike or on_spike == "ignore":
+        return Verdict.UPDATE
+    return Verdict[on_spike.upper()]
 
 
 def is_spike(loss: float, recent: list[float]) -> bool:

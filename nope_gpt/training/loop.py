@@ -24,7 +24,7 @@ from nope_gpt.model import NoPEGPT
 from nope_gpt.signals import StopRequest, exit_code_of
 from nope_gpt.training import checkpoints, distribution, state
 from nope_gpt.training.checkpoints import Progress, Saver, Snapshot, Tensors
-from nope_gpt.training.guards import MOST_REWINDS, Guard, Verdict
+from nope_gpt.training.guards import MOST_REWINDS, Verdict, judge
 from nope_gpt.training.optimization import make_optimizers, set_learning_rate
 from nope_gpt.training.prefetching import Prefetcher
 from nope_gpt.training.reporting import EvaluationReport, Listener, StepReport
@@ -103,7 +103,7 @@ class Trainer:
         self.network = distribution.distribute(job.model, config, self.ranks, self.device)
         self.optimizers = make_optimizers(job.model, config, job.precision)
         self.trained = [weight for weight in job.model.parameters() if weight.requires_grad]
-        self.guard = Guard(config)
+        self.not_finite = 0
         self.samples = Prefetcher(job.batches, self.ranks, self.device)
         self.stop = StopRequest()
         self.stop_signal = 0
@@ -134,7 +134,7 @@ class Trainer:
                     self.evaluate()
                 if job.sampler and job.sample_interval and self.is_due(job.sample_interval):
                     self.show_sample(job.sampler)
-                if self.is_due(job.checkpoint_interval) and not self.guard.not_finite:
+                if self.is_due(job.checkpoint_interval) and not self.not_finite:
                     self.save()
                 self.saver.poll()
             self.save()
@@ -164,10 +164,13 @@ class Trainer:
             is_last = index == len(batches) - 1
             with distribution.synchronizing(self.network, is_last):
                 loss_sum += self.forward_backward(batch, num_trained)
+            self.watchdog.beat()
         loss, norm = distribution.total(loss_sum).item(), self.clipped_norm()
-        verdict = self.agree(self.guard.judge(loss, norm, self.progress.recent_losses))
+        recent = self.progress.recent_losses
+        verdict = self.agree(judge(loss, norm, recent, self.config.loss_spike))
         if verdict != Verdict.UPDATE:
             self.complain(verdict, loss, norm)
+        self.not_finite = self.not_finite + 1 if verdict == Verdict.NOT_FINITE else 0
         if verdict == Verdict.REWIND and self.rewind():
             return
         rate = rate_fraction(self.progress.step, self.job.num_steps, self.config)
@@ -209,13 +212,14 @@ class Trainer:
         ids = self.job.batches.sample_indices(self.progress.data_step).tolist()
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         done = "" if verdict == Verdict.WARN else "; nothing was updated"
+        most = self.config.max_non_finite_steps
         what = (
             f"step {self.progress.step + 1}: the loss is {loss:.4g} and the gradient norm "
             f"{norm:.4g}{done} (samples {shown})"
         )
-        if verdict == Verdict.STOP:
+        if verdict == Verdict.NOT_FINITE and self.not_finite + 1 >= most:
             raise NopeError(
-                f"{what}, {self.guard.not_finite} times in a row",
+                f"{what}, {most} times in a row",
                 where=str(self.run.path),
                 hint="resume with a lower --learning-rate: the last checkpoint is sound",
             )

@@ -1,16 +1,17 @@
 """Ends a run of several ranks when one of them is gone or stands still, and says which.
 
 A collective operation waits for all ranks, so one that is gone stops the others without a
-word. Each rank therefore counts in the store that the ranks met in: a thread counts that
-the process lives, the training loop counts what it has done.
+word. A thread of each rank therefore counts, in the store that the ranks met in, that its
+process lives, and what the training loop has done.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -37,10 +38,9 @@ class Watchdog:
         self.timeout = timeout
         self.interval = min(timeout / 5, 1.0)
         self.last = time.monotonic()
-        self.done = threading.Event()
+        self.beats = self.told = 0
+        self.is_over = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.give_up: Callable[[NopeError], None] = lambda _: None
-        """What to do with the error before this process ends."""
 
     @classmethod
     def idle(cls) -> Self:
@@ -58,52 +58,58 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and self.store is not None and not self.done.is_set():
-            self.store.add(f"left/{self.ranks.rank}", 1)
-        self.done.set()
+        self.is_over.set()
+        if kind is not None and self.store is not None:
+            self.store.add(f"failed/{self.ranks.rank}", 1)
 
     def beat(self) -> None:
-        """Count that the training loop has done something."""
+        """Note that the training loop has done something."""
         self.last = time.monotonic()
-        if self.store is not None:
-            self.store.add(f"done/{self.ranks.rank}", 1)
+        self.beats += 1
+
+    def tell(self) -> None:
+        """Let the others know that this process lives, and what it has done."""
+        assert self.store is not None
+        beats = self.beats
+        self.store.add(f"alive/{self.ranks.rank}", 1)
+        self.store.add(f"done/{self.ranks.rank}", beats - self.told)
+        self.told = beats
 
     def watch(self) -> None:
-        """Count that this process lives; end it when the training loop stands still."""
-        assert self.store is not None
-        while not self.done.wait(self.interval):
-            self.store.add(f"alive/{self.ranks.rank}", 1)
+        """Count for this process; end it when the training loop stands still."""
+        while not self.is_over.wait(self.interval):
+            self.tell()
             if time.monotonic() - self.last > self.timeout:
-                self.give_up(self.verdict(f"nothing has moved for {self.timeout:g} seconds"))
-                os._exit(1)
+                error = self.verdict(f"nothing has moved for {self.timeout:g} seconds")
+                # The training loop waits in an operation that no exception reaches.
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                os._exit(error.exit_code)
 
     def verdict(self, what: str) -> NopeError:
-        """Name the ranks that are gone or stand still."""
-        names = ", ".join(map(str, self.missing()))
+        """Name the ranks that failed, are gone or stand still."""
+        others = [rank for rank in range(self.ranks.world_size) if rank != self.ranks.rank]
+        before = {rank: self.count("alive", rank) for rank in others}
+        for _ in range(4):
+            self.tell()
+            time.sleep(self.interval)
+        failed = [rank for rank in others if self.count("failed", rank)]
+        silent = [rank for rank in others if self.count("alive", rank) == before[rank]]
+        work = {rank: self.count("done", rank) for rank in (*others, self.ranks.rank)}
+        behind = [rank for rank, count in work.items() if count < max(work.values())]
+        for ranks, state in (
+            (failed, "failed"),
+            (silent, "is gone or stopped"),
+            (behind, "stands still"),
+        ):
+            if ranks:
+                names = ", ".join(map(str, ranks))
+                what = f"{what}: rank {names} of {self.ranks.world_size} {state}"
+                break
         return NopeError(
-            f"{what}: rank {names} of {self.ranks.world_size} is gone or stands still"
-            if names
-            else f"{what}, and no rank stands out",
+            what,
             where=f"rank {self.ranks.rank}",
             hint="the same command with --resume goes on from the last checkpoint",
         )
-
-    def missing(self) -> list[int]:
-        """The ranks whose process has stopped, or else those whose loop has done least."""
-        others = [rank for rank in range(self.ranks.world_size) if rank != self.ranks.rank]
-        before = {rank: self.count("alive", rank) for rank in others}
-        time.sleep(4 * self.interval)
-        stopped = [
-            rank
-            for rank in others
-            if self.count("alive", rank) == before[rank] and not self.count("left", rank)
-        ]
-        if stopped:
-            return stopped
-        work = {rank: self.count("done", rank) for rank in (*others, self.ranks.rank)}
-        least = min(work.values())
-        behind = [rank for rank, count in work.items() if count == least]
-        return behind if len(behind) < len(work) else []
 
     def count(self, name: str, rank: int) -> int:
         assert self.store is not None
