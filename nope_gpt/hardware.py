@@ -31,6 +31,8 @@ sheets; a name comes before those that it contains."""
 def dense_bfloat16_peak(name: str) -> float | None:
     """The peak of a GPU by the name its driver gives, or None if it is not in the table."""
     words = set(name.replace("-", " ").split())
+    if "Laptop" in words:  # Another chip of the same name.
+        return None
     for known, peak in DENSE_BFLOAT16.items():
         if set(known.split()) <= words:
             return peak

@@ -25,7 +25,6 @@ from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.locating import newest_checkpoint
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.checkpoints import prune
-from nope_gpt.training.muon import Muon
 from nope_gpt.training.runs import stored_record
 from nope_gpt.training.schedules import rate_fraction
 
@@ -304,42 +303,3 @@ def test_a_signal_ends_a_run_in_a_checkpoint(
     assert "--resume goes on" in talk
     last = newest_checkpoint(tmp_path / "pretrain" / "checkpoints")
     assert int(last.name.removeprefix("step-")) == metrics(tmp_path)[-1]["step"]
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_the_learning_rate_rises_then_follows_its_schedule(schedule: str) -> None:
-    config = PretrainConfig(schedule=schedule, warmup_fraction=0.1)
-    rates = [rate_fraction(step, 100, config) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == rates[10] == 1.0
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    ends = {"constant": 1.0, "linear": 1.0 / 90, "cosine": 0.1}
-    assert rates[-1] == pytest.approx(ends[schedule], rel=0.01)
-    assert max(rates) == 1.0
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
-def test_muon_moves_a_matrix_by_an_orthogonal_one(shape: tuple[int, int]) -> None:
-    weight = torch.nn.Parameter(torch.zeros(shape))
-    weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, _, v = torch.linalg.svd(weight.grad, full_matrices=False)
-    Muon([weight], lr=1.0).step()
-    scale = max(1.0, shape[0] / shape[1]) ** 0.5
-    values = torch.linalg.svdvals(-weight.detach()) / scale
-    assert 0.65 < values.min() <= values.max() < 1.25
-    assert ((u.T @ -weight.detach() @ v.T).diagonal() > 0.6 * scale).all()
-
-
-def test_muon_in_float32_agrees_with_torchs_own() -> None:
-    start = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
-    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    one = Muon([ours], lr=0.02, weight_decay=0.1)
-    other = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95)
-    for step in range(5):
-        gradient = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
-        for weight, optimizer in ((ours, one), (theirs, other)):
-            weight.grad = gradient.clone()
-            optimizer.step()
-    assert (ours - theirs).abs().max() < 0.02 * 5 * 0.05  # bfloat16 against float32
-    assert (ours - start).abs().max() > 0.01

@@ -1,0 +1,77 @@
+"""Optimizers and schedules do what their papers and torch's own do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nope_gpt.config import PretrainConfig
+from nope_gpt.training.adafactor import Adafactor
+from nope_gpt.training.muon import Muon
+from nope_gpt.training.schedules import rate_fraction
+
+
+@pytest.mark.parametrize("gradient_scale", [1e-6, 1.0, 1e3])
+def test_adafactor_moves_as_torchs_own(gradient_scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 32), (40, 8), (24,), (1, 5)]
+    ours = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.1) for s in shapes]
+    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    one = Adafactor(ours, lr=1e-2, weight_decay=0.1)
+    other = torch.optim.Adafactor(theirs, lr=1e-2, weight_decay=0.1)
+    for _ in range(30):
+        for weight, twin in zip(ours, theirs, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator) * gradient_scale
+            twin.grad = weight.grad.clone()
+        one.step()
+        other.step()
+    for weight, twin in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(weight, twin, rtol=1e-5, atol=1e-6)
+        assert one.state[weight].keys() == other.state[twin].keys()
+
+
+def test_wsd_holds_its_peak_until_the_decay_begins() -> None:
+    config = PretrainConfig(schedule="wsd", warmup_fraction=0.1, decay_fraction=0.3)
+    rates = [rate_fraction(step, 100, config) for step in range(100)]
+    assert rates[9:71] == [1.0] * 62
+    assert rates[71] == pytest.approx(29 / 30)
+    assert rates[99] == pytest.approx(1 / 30)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_the_learning_rate_rises_then_follows_its_schedule(schedule: str) -> None:
+    config = PretrainConfig(schedule=schedule, warmup_fraction=0.1)
+    rates = [rate_fraction(step, 100, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    ends = {"constant": 1.0, "linear": 1.0 / 90, "cosine": 0.1, "wsd": 1.0 / 20}
+    assert rates[-1] == pytest.approx(ends[schedule], rel=0.01)
+    assert max(rates) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_muon_moves_a_matrix_by_an_orthogonal_one(shape: tuple[int, int]) -> None:
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(weight.grad, full_matrices=False)
+    Muon([weight], lr=1.0).step()
+    scale = max(1.0, shape[0] / shape[1]) ** 0.5
+    values = torch.linalg.svdvals(-weight.detach()) / scale
+    assert 0.65 < values.min() <= values.max() < 1.25
+    assert ((u.T @ -weight.detach() @ v.T).diagonal() > 0.6 * scale).all()
+
+
+def test_muon_in_float32_agrees_with_torchs_own() -> None:
+    start = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    one = Muon([ours], lr=0.02, weight_decay=0.1)
+    other = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95)
+    for step in range(5):
+        gradient = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
+        for weight, optimizer in ((ours, one), (theirs, other)):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    assert (ours - theirs).abs().max() < 0.02 * 5 * 0.05  # bfloat16 against float32
+    assert (ours - start).abs().max() > 0.01
