@@ -29,8 +29,8 @@ PUBLISHED_SHAPES: dict[str, ModelConfig] = {
 FLOAT32 = 4
 MATMUL_BYTES = {"float32": 4, "bfloat16": 2}
 
-# Log-probabilities and two gradients of their size; the logits themselves are gone by then.
-LOSS_BYTES_PER_LOGIT = 3 * FLOAT32
+# Tokens whose logits exist at a time: `nope_gpt.cross_entropy.CHUNK`, which imports torch.
+LOSS_CHUNK = 1024
 
 BYTE_UNITS: dict[str, int] = {"b": 1} | {
     prefix + suffix: base**power
@@ -180,8 +180,9 @@ def inference_memory(
 def training_memory(config: SizeConfig) -> MemoryPlan:
     """The bytes at the fullest moment of a training step; `peak` is their sum.
 
-    The step is eager, without dropout, with all logits at once and an optimizer that updates
-    all tensors at once. Attention neither keeps the T x T scores nor repeats keys and values.
+    The step is eager, without dropout, on one device that has the whole model. Attention
+    neither keeps the T x T scores nor repeats keys and values, and the loss is computed in
+    chunks of tokens.
     """
     return max(training_moments(config).values(), key=lambda moment: moment.peak)
 
@@ -197,18 +198,36 @@ def training_moments(config: SizeConfig) -> dict[str, MemoryPlan]:
     kept = FLOAT32 * d if config.activation_checkpointing else _block_bytes_per_token(config)
     blocks = tokens * config.num_decoder_layers * kept
     busy = dataclasses.replace(step, activations=blocks, autocast_copies=_autocast_bytes(config))
-    final_norm = tokens * (FLOAT32 * (2 * d + 1) + MATMUL_BYTES[config.precision] * d)
-    logits = LOSS_BYTES_PER_LOGIT * tokens * config.vocabulary_size
+    width = MATMUL_BYTES[config.precision]
+    # The final norm's input and output, and the gradient of the latter, known with the loss.
+    head = blocks + tokens * (FLOAT32 * (2 * d + 1) + 2 * width * d)
+    logits = min(tokens, LOSS_CHUNK) * config.vocabulary_size * (width + FLOAT32)
+    cast = 0 if config.precision == "float32" else width * count.embedding
     # The head's gradient waits for that of the embedding, which is the same matrix.
     in_flight = FLOAT32 * count.embedding + tokens * _backward_bytes_per_token(config)
+    if config.activation_checkpointing:
+        in_flight += _copied_bytes(config) // config.num_decoder_layers
     return {
-        "loss": dataclasses.replace(busy, activations=blocks + final_norm, logits=logits),
-        "backward": dataclasses.replace(busy, transient=in_flight),
-        # Adafactor writes the whole update before applying it; AdamW is fused and does not.
-        "step": dataclasses.replace(
-            step, transient=weights if config.optimizer == "adafactor" else 0
+        "loss": dataclasses.replace(
+            busy, activations=head, logits=logits, transient=FLOAT32 * count.embedding + cast
         ),
+        "head": dataclasses.replace(
+            busy, activations=head, transient=2 * FLOAT32 * count.embedding + width * tokens * d
+        ),
+        "backward": dataclasses.replace(busy, transient=in_flight),
+        "step": dataclasses.replace(step, transient=_update_bytes(config)),
     }
+
+
+def _update_bytes(config: SizeConfig) -> int:
+    """AdamW is fused. The others write a matrix's update several times before applying it."""
+    count = count_parameters(config)
+    d, hidden = config.embedding_dimensions, config.hidden_dimensions
+    if config.optimizer == "adamw":
+        return 0
+    if config.optimizer == "adafactor":
+        return 3 * FLOAT32 * max(count.embedding, d * hidden)
+    return 4 * FLOAT32 * d * hidden
 
 
 def _optimizer_bytes(config: SizeConfig) -> int:
@@ -229,26 +248,33 @@ def _optimizer_bytes(config: SizeConfig) -> int:
 
 
 def _autocast_bytes(config: SizeConfig) -> int:
-    """Autocast keeps a bfloat16 copy of every matrix that the backward pass will read."""
-    if config.precision == "float32":
-        return 0
+    """Copies of the matrices that are kept for the backward pass; checkpointed blocks make
+    theirs again when they are recomputed.
+    """
+    return 0 if config.activation_checkpointing else _copied_bytes(config)
+
+
+def _copied_bytes(config: SizeConfig) -> int:
+    """Copies of the blocks' matrices: the three of attention's input are joined into one, and
+    autocast copies all in bfloat16.
+    """
     count = count_parameters(config)
-    # Checkpointed blocks make theirs again when they are recomputed.
-    blocks = 0 if config.activation_checkpointing else count.attention + count.mlp
-    return MATMUL_BYTES[config.precision] * (count.embedding + blocks)
+    d = config.embedding_dimensions
+    if config.precision == "float32":
+        return FLOAT32 * config.num_decoder_layers * d * (d + 2 * config.kv_dimensions)
+    return MATMUL_BYTES[config.precision] * (count.attention + count.mlp)
 
 
 def _block_bytes_per_token(config: SizeConfig) -> int:
-    """What autograd saves of a block: 24 d + 8 + 4 H + w (2 d + 2 kv + 2 r d) for each token.
+    """What autograd saves of a block: 16 d + 8 + 4 H + w (4 d + 2 kv + 2 r d) for each token.
 
     Each norm saves its input, one over its root mean square, and their product: 8 d + 4.
-    Their outputs take 8 d: in float32 4 d each, in bfloat16 2 d for each of four casts, as q,
-    k, v and the MLP cast for themselves. Attention saves the log-sum-exp of each head, and in
-    w bytes q, k, v and its output; the MLP, in w bytes, both sides of its SiLU.
+    In w bytes the products save the norms' outputs, q, k, v and attention's output, which
+    also has the log-sum-exp of each head, and both sides of the MLP's SiLU.
     """
     d, heads = config.embedding_dimensions, config.num_q_heads
-    values = 2 * (d + config.kv_dimensions + config.hidden_dimensions)
-    return FLOAT32 * (6 * d + 2 + heads) + MATMUL_BYTES[config.precision] * values
+    values = 4 * d + 2 * config.kv_dimensions + 2 * config.hidden_dimensions
+    return FLOAT32 * (4 * d + 2 + heads) + MATMUL_BYTES[config.precision] * values
 
 
 def _backward_bytes_per_token(config: SizeConfig) -> int:

@@ -21,10 +21,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from nope_gpt import sizing
+from nope_gpt import cross_entropy, sizing
 from nope_gpt.config import SHAPE_400M, SHAPE_TINY, ModelConfig, PretrainConfig, SizeConfig
 from nope_gpt.errors import CapacityError, UsageError
 from nope_gpt.knobs import flag_of, kind_of, resolve
+from nope_gpt.model import NoPEGPT
+from nope_gpt.training.optimization import make_optimizers
 
 BASE_400M = ModelConfig(**SHAPE_400M)
 
@@ -83,9 +85,18 @@ def autocast(config: SizeConfig) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
-def new_optimizer(config: SizeConfig, network: Network) -> torch.optim.Optimizer:
-    kind = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[config.optimizer]
-    return kind(network.parameters(), foreach=True)
+def model_of(config: SizeConfig) -> NoPEGPT:
+    """The package's own network, as it trains."""
+    shape = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}
+    model = NoPEGPT(**shape).train()
+    if config.activation_checkpointing:
+        model.decoder.enable_activation_checkpointing()
+    return model
+
+
+def optimizers_of(config: SizeConfig, model: NoPEGPT) -> list[torch.optim.Optimizer]:
+    settings = PretrainConfig(optimizer=config.optimizer)
+    return make_optimizers(model, settings, torch.float32)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -111,8 +122,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def saved_by_autograd(config: SizeConfig) -> int:
-    """Bytes of the storages that the forward pass saves, but for the parameters."""
-    network = Network(config)
+    """Bytes of the storages that the blocks' forward pass saves, but for the parameters."""
+    network = model_of(config)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     saved = {}
 
@@ -121,8 +132,7 @@ def saved_by_autograd(config: SizeConfig) -> int:
         return tensor
 
     with autocast(config), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        logits = network(random_tokens(config))
-    assert logits.requires_grad
+        network.decoder(network.token_embeddings(random_tokens(config)))
     kept = [tensor for address, tensor in saved.items() if address not in parameters]
     return sum(tensor.untyped_storage().nbytes() for tensor in kept)
 
@@ -227,19 +237,21 @@ def test_inference_holds_the_weights_and_a_cache_of_the_key_and_value_heads():
     ),
 )
 def test_activations_are_what_autograd_saves(config):
-    saved = sizing.training_moments(config)["loss"]
+    saved = sizing.training_moments(config)["backward"]
     once, twice = (saved_by_autograd(config.changed(batch_size=size)) for size in (2, 4))
     assert saved.activations == pytest.approx(twice - once, rel=0.05)
     assert saved.autocast_copies == 2 * once - twice, "what does not grow with the batch"
 
 
-@pytest.mark.parametrize("config", variants(optimizer=["adamw", "adafactor"]))
-def test_optimizer_state_is_what_torch_keeps(config):
-    network = Network(config)
-    updater = new_optimizer(config, network)
-    network(random_tokens(config)).sum().backward()
-    updater.step()
-    kept = [value for state in updater.state.values() for value in state.values()]
+@pytest.mark.parametrize("config", variants(optimizer=["adamw", "adafactor", "muon"]))
+def test_optimizer_state_is_what_the_optimizers_keep(config):
+    model = model_of(config)
+    optimizers = optimizers_of(config, model)
+    model(random_tokens(config)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    kept = [value for state in states for value in state.values()]
     kept_bytes = sum(value.nbytes for value in kept if value.dim() > 0)  # steps are scalars
     assert sizing.training_moments(config)["step"].optimizer == kept_bytes
 
@@ -249,27 +261,35 @@ def test_optimizer_state_is_what_torch_keeps(config):
     variants(
         precision=["float32", "bfloat16"],
         activation_checkpointing=[False, True],
-        optimizer=["adamw", "adafactor"],
+        optimizer=["adamw", "adafactor", "muon"],
         batch_size=[4, 16],
         vocabulary_size=[128, 4096],
     ),
 )
-def test_the_peak_is_that_of_a_real_step(config):
+def test_the_peak_is_that_of_a_real_step(config, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CACHED_BYTES", {})  # As on a GPU: a chunk at once.
     tokens = random_tokens(config)
-
-    def loss(network: Network) -> Tensor:
-        with autocast(config):
-            logits = network(tokens)
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-
     with LiveBytes() as live:
-        network = Network(config)
-        updater = new_optimizer(config, network)
+        model = model_of(config)
+        optimizers = optimizers_of(config, model)
         for _ in range(2):
             for _ in range(2):
-                loss(network).backward()
-            updater.step()
-    assert sizing.training_memory(config).peak == pytest.approx(live.peak, rel=0.05)
+                with autocast(config):
+                    loss = model(tokens, tokens)
+                loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    moments = sizing.training_moments(config)
+    if config.precision == "bfloat16":  # A CPU widens the logits first, a GPU as it reads them.
+        loss = moments["loss"]
+        widened = min(tokens.numel(), sizing.LOSS_CHUNK) * config.vocabulary_size * 4
+        moments["loss"] = dataclasses.replace(loss, logits=loss.logits + widened)
+    peak = max(moment.peak for moment in moments.values())
+    assert peak == pytest.approx(live.peak, rel=0.05)
+
+
+def test_the_chunk_is_that_of_the_loss():
+    assert sizing.LOSS_CHUNK == cross_entropy.CHUNK
 
 
 @given(memories, memories)
@@ -313,7 +333,7 @@ def test_the_command_of_a_plan_parses_back_to_it(memory, config):
 
 
 def test_the_command_says_only_what_differs_from_the_defaults():
-    plan = sizing.largest_that_trains(16 * 10**9, SizeConfig())
+    plan = sizing.largest_that_trains(10 * 10**9, SizeConfig())
     assert plan.command == (
         "nope pretrain --embedding-dimensions 1280 --num-q-heads 20 --num-kv-heads 5 "
         "--num-hidden-layers 20 --activation-checkpointing --precision bfloat16"
@@ -321,16 +341,16 @@ def test_the_command_says_only_what_differs_from_the_defaults():
 
 
 def test_what_fits_no_shape_is_refused_with_the_largest_part_and_a_command_that_fits():
-    memory = sizing.parse_memory("2GB")
+    memory = sizing.parse_memory("300MB")
     with pytest.raises(CapacityError) as caught:
-        sizing.largest_that_trains(memory, SizeConfig(memory="2GB"))
+        sizing.largest_that_trains(memory, SizeConfig(memory="300MB"))
     assert caught.value.exit_code == 4
     assert caught.value.what == (
-        "tiny, the smallest shape, needs 2.6 GB to train even with activation checkpointing, "
-        "and 1.7 GB are usable; the largest part is logits, 2.5 GB"
+        "tiny, the smallest shape, needs 476.6 MB to train even with activation checkpointing, "
+        "and 255.0 MB are usable; the largest part is logits, 308.8 MB"
     )
-    assert caught.value.where == "--memory 2GB"
-    assert "--tokens-per-sample 2048" in caught.value.hint
+    assert caught.value.where == "--memory 300MB"
+    assert "--tokens-per-sample 512" in caught.value.hint
     typed = parsed(caught.value.hint).as_dict()
     config = SizeConfig(**{name: typed[name] for name in SizeConfig().as_dict() if name in typed})
     assert sizing.training_memory(config).peak <= sizing.usable_memory(memory)
@@ -338,7 +358,7 @@ def test_what_fits_no_shape_is_refused_with_the_largest_part_and_a_command_that_
 
 def test_adafactor_is_offered_before_a_shorter_sample():
     with pytest.raises(CapacityError) as caught:
-        sizing.largest_that_trains(860 * 10**6, SizeConfig(tokens_per_sample=1024))
+        sizing.largest_that_trains(500 * 10**6, SizeConfig(tokens_per_sample=1024))
     assert "--optimizer adafactor" in caught.value.hint
     assert "--tokens-per-sample 1024" in caught.value.hint
 
