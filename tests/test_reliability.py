@@ -465,7 +465,7 @@ class Notes(Recorder):
         self.notes.append(what)
 
 
-def spike_run(dataset: Path, root: Path, **changes: Any) -> Notes:
+def spike_run(dataset: Path, root: Path, *, resume: bool = False, **changes: Any) -> Notes:
     from small import RECIPE
 
     from nope_gpt.config import PretrainConfig
@@ -476,7 +476,7 @@ def spike_run(dataset: Path, root: Path, **changes: Any) -> Notes:
     settings |= {"max_steps": 30, "checkpoint_interval": 10, "learning_rate": 1e-3} | changes
     settings |= {"gradient_accumulation_steps": 1}
     torch.set_num_threads(1)
-    pretrain(PretrainConfig(**settings), [notes])
+    pretrain(PretrainConfig(**settings), [notes], resume=resume)
     return notes
 
 
@@ -515,12 +515,46 @@ def test_a_spike_can_send_the_run_back_and_past_the_samples_since(
     assert (progress.left_out, progress.rewinds) == (5, 1)
 
 
+def test_a_run_that_was_sent_back_goes_on_as_if_the_samples_since_were_not_there(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the step that spiked is left: not its gradients, not its loss."""
+    spike_run(dataset, tmp_path / "other", max_steps=30)
+    for path in checkpoints_in(directory(tmp_path / "other")):
+        if checkpoints.step_of(path) > 20:
+            shutil.rmtree(path)
+    with monkeypatch.context() as patch:
+        spiked(patch, at=24)
+        back = spike_run(dataset, tmp_path / "back", loss_spike="rewind")
+    original = checkpoints.read_progress
+
+    def moved(path: Path) -> Progress:
+        progress = original(path)
+        progress.left_out, progress.rewinds = 5, 1
+        return progress
+
+    monkeypatch.setattr(checkpoints, "read_progress", moved)
+    other = spike_run(dataset, tmp_path / "other", max_steps=30, resume=True)
+    assert [report.loss for report in back.reports[24:]] == [r.loss for r in other.reports]
+    assert_same_run(tmp_path / "back", tmp_path / "other")
+
+
 def test_a_run_is_not_sent_back_for_ever(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spiked(monkeypatch, at=24, times=99)
     with pytest.raises(NopeError, match="jumped again after 3 times of rewinding"):
         spike_run(dataset, tmp_path, loss_spike="rewind")
+
+
+def test_a_damaged_log_is_named_and_not_overwritten(dataset: Path, tmp_path: Path) -> None:
+    small_run(dataset, tmp_path)
+    log = tmp_path / "pretrain" / "metrics.jsonl"
+    log.write_text(log.read_text().replace('{"step": 2,', '{"step": two,'))
+    before = log.read_bytes()
+    with pytest.raises(NopeError, match="line 2 of this log is damaged"):
+        small_run(dataset, tmp_path, resume=True, max_steps=7)
+    assert log.read_bytes() == before
 
 
 # R16: signals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from nope_gpt.config import TrainingConfig
 from nope_gpt.device import peak_flops
@@ -42,13 +42,11 @@ def execute(
 @contextmanager
 def told(plan: Plan, listeners: list[Listener]) -> Iterator[None]:
     """Tell the listeners what is about to happen, and in the end that it is over."""
-    try:
+    with ExitStack() as stack:
         for listener in listeners:
             listener.planned(plan)
+            stack.callback(listener.ended)
         yield
-    finally:
-        for listener in listeners:
-            listener.ended()
 
 
 def plan_of(

@@ -242,6 +242,7 @@ class Trainer:
         if checkpoint is None:
             return False
         next_samples, rewinds = self.progress.data_step + 1, self.progress.rewinds + 1
+        self.forget_gradients()
         self.restore(checkpoint)
         self.progress.left_out = next_samples - self.progress.step
         self.progress.rewinds = rewinds

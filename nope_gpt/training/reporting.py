@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nope_gpt.artifacts import write_file
+from nope_gpt.artifacts import DAMAGE, write_file, writing
+from nope_gpt.errors import NopeError
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,10 @@ class RunLog(Listener):
         """Drop what was logged after a step, because those steps are about to be done again."""
         from torch.utils.tensorboard import SummaryWriter
 
-        path = self.directory / "metrics.jsonl"
-        kept = [line for line in rows(path) if json.loads(line)["step"] <= step]
-        write_file(path, "".join(kept).encode())
-        self.file: IO[str] = path.open("a", encoding="utf-8")
+        self.path = self.directory / "metrics.jsonl"
+        kept = [line for number, line in rows(self.path) if number <= step]
+        write_file(self.path, "".join(kept).encode())
+        self.file: IO[str] = self.path.open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(self.directory), purge_step=step + 1)
 
     def rewound(self, step: int) -> None:
@@ -173,8 +174,9 @@ class RunLog(Listener):
         self.writer.add_scalar("Perplexity", report.perplexity, report.step)
 
     def write(self, row: dict[str, float | None]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
 
     def ended(self) -> None:
         """Close both."""
@@ -182,9 +184,23 @@ class RunLog(Listener):
         self.writer.close()
 
 
-def rows(path: Path) -> list[str]:
-    """The whole lines of a log; a last one that was cut short is dropped."""
+def rows(path: Path) -> list[tuple[int, str]]:
+    """The whole lines of a log, each with its step; a last one that was cut short is dropped.
+
+    Raises:
+        NopeError: A line is damaged; names it.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n")]
+    found = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                found.append((int(json.loads(line)["step"]), line))
+    except DAMAGE as error:
+        raise NopeError(
+            f"line {len(found) + 1} of this log is damaged ({type(error).__name__})",
+            where=str(path),
+            hint="move the file away; the checkpoints do not need it",
+        ) from None
+    return found
