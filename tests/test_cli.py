@@ -319,7 +319,7 @@ def test_help_shows_every_knob_once_and_by_one_name(
     flags = shown_flags(help_of(call, command, monkeypatch))
     knobs = {flag_of(field) for field in dataclasses.fields(CONFIGS[command])}
     own = {"--help", "--json", "--config", "--preset", "--resume", "--prompt-file"}
-    own |= {"--merge", "--dry-run", "--preview"}
+    own |= {"--merge", "--dry-run", "--preview", "--gpus"}
     assert len(flags) == len(set(flags))
     assert knobs <= set(flags) <= knobs | own
     assert not [flag for flag in flags if "_" in flag]

@@ -281,6 +281,26 @@ error: there is no valid checkpoint
   where: runs/spoiled/checkpoints
   next:  train first: nope pretrain, or choose another run
 
+$ nope pretrain --config tiny.toml --dataset text --ddp-sharding-level 3 --run-name new  [2]
+error: --ddp-sharding-level is 3, which needs more than one rank
+  next:  nope pretrain --gpus 2, or leave the flag out
+
+$ nope pretrain --config tiny.toml --dataset text --ddp-sharding-level 1  [2]
+error: --ddp-sharding-level is 1, and must be one of 0, 2, 3
+  where: the command line
+
+$ nope pretrain --config tiny.toml --dataset text --tokens-per-step 7  [2]
+error: --tokens-per-step is 7, which batches of …
+  next:  --tokens-per-step …
+
+$ nope pretrain --config tiny.toml --dataset text --device cuda --gpus 99  [2]
+error: --gpus is 99, and this machine has …
+  next:  …
+
+$ nope pretrain --config tiny.toml --dataset text --gpus 77  [2]
+error: --gradient-accumulation-steps is … ranks cannot share evenly
+  next:  --gradient-accumulation-steps 77
+
 $ nope pretrain --config tiny.toml --device tpu --dataset text  [2]
 error: --device is 'tpu', which is no device
   next:  use auto, cpu, cuda, cuda:1 or mps

@@ -9,6 +9,7 @@ import sys
 
 from nope_gpt.cli.options import option
 from nope_gpt.cli.terminal import say
+from nope_gpt.config import TrainingConfig
 from nope_gpt.errors import UsageError
 
 GPUS = option(
@@ -22,23 +23,26 @@ GPUS = option(
 )
 
 
-def launch(count: int, device: str) -> None:
+def launch(config: TrainingConfig, count: int) -> None:
     """Run this very command line as several ranks, and end as they end.
 
     Raises:
-        UsageError: There are too few GPUs, or torchrun has started ranks already.
+        UsageError: There are too few GPUs, the ranks could not do what is asked, or torchrun
+            has started ranks already.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from nope_gpt.device import refuse_missing_gpus
+    from nope_gpt.device import Ranks, refuse_missing_gpus
+    from nope_gpt.training.distribution import refuse_impossible
 
     if "WORLD_SIZE" in os.environ:
         raise UsageError("--gpus starts ranks, and torchrun has started some already")
-    refuse_missing_gpus(count, device)
+    refuse_missing_gpus(count, config.device)
+    refuse_impossible(config, Ranks(rank=0, local_rank=0, world_size=count))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
-    config = LaunchConfig(
+    ranks = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
@@ -49,7 +53,7 @@ def launch(count: int, device: str) -> None:
     )
     command = [sys.executable, "-u", "-m", "nope_gpt.cli", *without_gpus(sys.argv[1:])]
     try:
-        elastic_launch(config, entrypoint=command[0])(*command[1:])
+        elastic_launch(ranks, entrypoint=command[0])(*command[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

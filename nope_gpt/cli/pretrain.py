@@ -50,7 +50,7 @@ def command(
         result(table(plan), plan.as_dict(), json)
         return
     if gpus is not None:
-        launch(gpus, config.device)
+        launch(config, gpus)
         return
     path = pretrain(config, [Watcher("pretrain")], resume=resume)
     result_of_ranks(str(path), {"run": str(path)}, json)

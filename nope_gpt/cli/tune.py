@@ -25,7 +25,7 @@ def command(config: TuneConfig, resume: bool, gpus: int | None, json: bool) -> N
     from nope_gpt.training.tuning import tune
 
     if gpus is not None:
-        launch(gpus, config.device)
+        launch(config, gpus)
         return
     path = tune(config, [Watcher("tune")], resume=resume)
     result_of_ranks(str(path), {"run": str(path)}, json)
