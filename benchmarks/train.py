@@ -241,6 +241,7 @@ def now(device: torch.device) -> float:
 def serve(way: str, shape: dict[str, int], device: torch.device) -> None:
     """Be one way: answer each line on stdin, a number of steps, with their seconds."""
     if way == "products":
+        reuse_freed_memory()
         for _ in sys.stdin:
             print(json.dumps(product_rate(shape, device)), flush=True)
         return

@@ -17,11 +17,13 @@ from nope_gpt import device, sizing
 from nope_gpt.config import PRESETS, ModelConfig, PretrainConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.shards import Dataset, TokenStream
+from nope_gpt.device import Ranks
 from nope_gpt.errors import CapacityError, UsageError
 from nope_gpt.hardware import dense_bfloat16_peak
 from nope_gpt.training import compilation
 from nope_gpt.training.compilation import WORTHWHILE_FLOPS, compile_blocks
 from nope_gpt.training.loop import Trainer
+from nope_gpt.training.prefetching import Prefetcher
 from nope_gpt.training.pretraining import Pretraining, dry_run
 
 CPU = torch.device("cpu")
@@ -194,6 +196,20 @@ def test_the_log_has_the_published_curves_the_settings_and_samples(
     assert 0 < row["utilization"] < 1
     assert row["memory"] > 0
     assert PretrainConfig(sample_interval=0).sample_interval == 0
+
+
+def test_samples_read_ahead_are_those_of_the_step_that_is_asked_for(dataset: Path) -> None:
+    batches = TextBatches(
+        Dataset.open(dataset), tokens_per_sample=8, batch_size=2, micro_batches_per_step=2, seed=0
+    )
+    ahead = Prefetcher(batches, Ranks(0, 0, 1), CPU)
+    for step in (0, 1, 2, 7, 3, 3):
+        read, expected = ahead.micro_batches(step), batches.micro_batches(step, 0, 1)
+        assert [batch.tokens.tolist() for batch in read] == [
+            batch.tokens.tolist() for batch in expected
+        ]
+    held_out = [batch.tokens.tolist() for batch in ahead.holdout(9)]
+    assert held_out == [batch.tokens.tolist() for batch in batches.holdout(9, 0, 1)]
 
 
 # Documents

@@ -104,6 +104,11 @@ def test_two_ranks_are_one_in_loss_evaluation_and_checkpoint(
     assert code == 0, talk
     small_run(dataset, tmp_path / "one", num_eval_samples=20)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    norms = [
+        [row["gradient_norm"] for row in rows(tmp_path / name) if "loss" in row]
+        for name in ("one", "two")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     evaluated = [
         [row["eval_loss"] for row in rows(tmp_path / name) if "eval_loss" in row]
         for name in ("one", "two")
