@@ -422,6 +422,18 @@ def test_a_run_resumed_twice_over_the_end_of_an_epoch_is_the_uninterrupted_one(
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_another_micro_batch_goes_on_in_the_same_order(dataset: Path, tmp_path: Path) -> None:
+    """R9: what a step trains on is the samples in it, however they are split."""
+    constant: dict[str, Any] = {"schedule": "constant", "warmup_fraction": 0.0}
+    whole = small_run(dataset, tmp_path / "whole", **constant)
+    small_run(dataset, tmp_path / "parts", max_steps=3, **constant)
+    joint = {"batch_size": 8, "gradient_accumulation_steps": 1}
+    rest = small_run(dataset, tmp_path / "parts", resume=True, **constant, **joint)
+    assert rest.losses == pytest.approx(whole.losses[3:], rel=1e-5)
+    with pytest.raises(UsageError, match="the samples per step changed"):
+        small_run(dataset, tmp_path / "parts", resume=True, batch_size=16, max_steps=9)
+
+
 # R12, R13: what a bad step does
 
 
