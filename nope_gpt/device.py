@@ -138,7 +138,7 @@ def reuse_freed_memory() -> None:
     with contextlib.suppress(AttributeError, OSError):  # Another C library than glibc.
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(M_TRIM_THRESHOLD, -1)  # Never.
 
 
 def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
