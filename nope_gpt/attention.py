@@ -1,19 +1,19 @@
 """Causal attention for training: grouped heads, no positions, optionally within documents.
 
 Where torch has a kernel at full speed, that is taken. On a CPU torch multiplies bfloat16
-no faster than float32 in its attention; there, and to keep documents apart, the queries go
-in blocks, each a pair of batched matrix products at full speed. No block looks at keys that
-the causal mask hides from all of it, and the backward pass computes the probabilities again,
-so that memory grows with T and not with its square.
+no faster than float32 in its attention; there, and to keep documents apart where no kernel
+does, the queries go in blocks, each a pair of batched matrix products at full speed. No
+block looks at keys that the causal mask hides from all of it, and the backward pass computes
+the probabilities again, so that memory grows with T and not with its square.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads, R = H/G, D head dimensions,
-Q queries in a block, K keys up to its end.
+Q queries in a block, K keys up to its end, N documents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -23,8 +23,38 @@ BLOCK = 64
 """Q. With fewer the products are too small to be fast, with more the mask hides more of them."""
 
 
+class Documents(NamedTuple):
+    """Which tokens of a micro-batch belong together.
+
+    Attributes:
+        numbers: One for each token [B, T], the same within a document.
+        offsets: For the kernel of a GPU, where each document begins among all B * T tokens,
+            and where the last one ends [N + 1]; elsewhere None.
+    """
+
+    numbers: Tensor
+    offsets: Tensor | None
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> Self:
+        """Find the offsets once for all layers, where they are of use."""
+        if not numbers.is_cuda:
+            return cls(numbers, None)
+        offsets = offsets_of(numbers)
+        torch._dynamo.maybe_mark_dynamic(offsets, 0)  # One compilation for any N.
+        return cls(numbers, offsets)
+
+
+def offsets_of(numbers: Tensor) -> Tensor:
+    """Where each document of [B, T] numbers begins in the flattened tokens, and the end."""
+    begins = torch.ones_like(numbers, dtype=torch.bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    starts = begins.flatten().nonzero()[:, 0]
+    return torch.cat([starts, starts.new_tensor([numbers.numel()])]).to(torch.int32)
+
+
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, dropout: float = 0.0
 ) -> Tensor:
     """Attend to the tokens so far, and with `documents` to those of the same document alone.
 
@@ -32,18 +62,21 @@ def causal_attention(
         q: Queries [B, H, T, D].
         k: Keys [B, G, T, D].
         v: Values [B, G, T, D].
-        documents: A number for each token [B, T], the same within a document.
+        documents: Which tokens belong together.
         dropout: Proportion of the probabilities that is silenced.
 
     Returns:
         The heads' outputs side by side [B, T, H * D].
     """
+    numbers, offsets = documents or (None, None)
+    if dropout == 0.0 and offsets is not None and q.dtype != torch.float32:
+        return packed_attention(q, k, v, offsets)
     torch_is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if dropout == 0.0 and (torch_is_slow or documents is not None):
-        return blockwise_attention(q, k, v, documents)  # type: ignore[no-any-return]
+    if dropout == 0.0 and (torch_is_slow or numbers is not None):
+        return blockwise_attention(q, k, v, numbers)  # type: ignore[no-any-return]
     mask = None
-    if documents is not None:
-        mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    if numbers is not None:
+        mask = (numbers[:, None, :, None] == numbers[:, None, None, :]).tril()
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -56,11 +89,28 @@ def causal_attention(
     return out.transpose(1, 2).flatten(2)
 
 
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+    """Documents one after the other through torch's kernel for a GPU, in half precision.
+
+    Keys and values are repeated for each query head of their group, because the kernel's
+    own grouping is asked for differently from version to version.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    length, repeats = q.size(2), q.size(1) // k.size(1)
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H, D]
+    out = varlen_attn(q, k, v, offsets, offsets, length, length, window_size=(-1, 0))
+    return out.view(-1, length, q.size(1) * q.size(2))
+
+
 # An operator of its own, because torch.compile would look inside a function, find the
 # products of the backward pass in the forward pass already, and keep them: T * T numbers.
 @torch.library.custom_op("nope_gpt::blockwise_attention", mutates_args=())
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-    """Attention by blocks of queries; arguments and result as `causal_attention` has them."""
+    """Attention by blocks of queries, with the documents' numbers [B, T]; otherwise as
+    `causal_attention`.
+    """
     scale, q = k.size(-1) ** -0.5, by_group(q, k.size(1))
     k, v = (k * scale).flatten(0, 1), v.flatten(0, 1)
     out = torch.empty_like(q.permute(0, 3, 1, 2, 4), memory_format=torch.contiguous_format)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nope_gpt import generation, hub
-from nope_gpt.attention import causal_attention
+from nope_gpt.attention import Documents, causal_attention
 from nope_gpt.caching import KVCache, LayerCache
 from nope_gpt.config import ModelConfig, SamplingConfig
 from nope_gpt.cross_entropy import summed_cross_entropy
@@ -116,7 +116,8 @@ class NoPEGPT(nn.Module):
             Logits [B, T, V]; with targets, the sum of the cross entropies in nats [], for
             which the logits are never held all at once.
         """
-        hidden = self.decoder(self.token_embeddings(tokens), documents=documents)
+        apart = None if documents is None else Documents.of(documents)
+        hidden = self.decoder(self.token_embeddings(tokens), documents=apart)
         if targets is None:
             return self.logits(hidden)
         return summed_cross_entropy(
@@ -341,7 +342,7 @@ class Decoder(nn.Module):
             layer._compiled_call_impl = None
 
     def forward(
-        self, hidden: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+        self, hidden: Tensor, cache: KVCache | None = None, documents: Documents | None = None
     ) -> Tensor:
         """[B, T, C] to [B, T, C]."""
         if cache:
@@ -370,7 +371,7 @@ class DecoderBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        documents: Tensor | None = None,
+        documents: Documents | None = None,
         *,
         memory: LayerCache | None = None,
         mask: Tensor | None = None,
@@ -396,7 +397,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        documents: Tensor | None,
+        documents: Documents | None,
         memory: LayerCache | None,
         mask: Tensor | None,
     ) -> Tensor:

@@ -12,6 +12,7 @@ from nope_gpt.data.prepare import prepare
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.pretraining import pretrain
 from nope_gpt.training.reporting import Listener, StepReport
+from nope_gpt.training.runs import Resume
 
 SHAPE: dict[str, Any] = {
     "embedding_dimensions": 32,
@@ -62,7 +63,7 @@ class Recorder(Listener):
         return [report.loss for report in self.reports]
 
 
-def small_run(dataset: Path, root: Path, *, resume: bool = False, **changes: Any) -> Recorder:
+def small_run(dataset: Path, root: Path, *, resume: Resume = False, **changes: Any) -> Recorder:
     """Pretrain the small network; returns what its steps told."""
     torch.set_num_threads(1)
     recorder = Recorder()

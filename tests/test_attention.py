@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 
 import pytest
@@ -10,9 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import small_model
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from nope_gpt.attention import blockwise_attention, causal_attention
+from nope_gpt.attention import (
+    Documents,
+    blockwise_attention,
+    causal_attention,
+    offsets_of,
+    packed_attention,
+)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -111,6 +119,37 @@ def test_nothing_of_a_document_reaches_another() -> None:
         assert leaf.grad is not None
         assert not leaf.grad[:, :, :100].any()
         assert leaf.grad[:, :, 100:].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 3), st.integers(1, 80))
+def test_offsets_cut_a_micro_batch_into_its_documents(seed: int, batch: int, length: int) -> None:
+    """What the kernel of a GPU is told: each part alone is what the mask leaves of it."""
+    q, k, v = drawn(seed, batch, 2, 2, length, 8, torch.float32)
+    new = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.2
+    numbers = new.long().cumsum(1)
+    offsets = offsets_of(numbers).tolist()
+    assert offsets[0] == 0 and offsets[-1] == batch * length
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (q, k, v))
+    parts = [
+        plain(q[:, :, one:other], k[:, :, one:other], v[:, :, one:other])
+        for one, other in itertools.pairwise(offsets)
+    ]
+    together = plain(*drawn(seed, batch, 2, 2, length, 8, torch.float32), numbers)
+    torch.testing.assert_close(torch.cat(parts, 1).view(together.shape), together)
+
+
+def test_the_kernel_of_a_gpu_is_asked_for_what_it_takes() -> None:
+    """Its shapes and arguments alone can be checked without one."""
+    with FakeTensorMode():
+        q = torch.empty(2, 6, 32, 64, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(2, 2, 32, 64, device="cuda", dtype=torch.bfloat16)
+        offsets = torch.empty(5, device="cuda", dtype=torch.int32)
+        documents = Documents(torch.empty(2, 32, device="cuda", dtype=torch.int32), offsets)
+        packed = packed_attention(q, k, k, offsets)
+        chosen = causal_attention(q, k, k, documents)
+    assert packed.shape == chosen.shape == (2, 32, 6 * 64)
+    assert packed.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-9])

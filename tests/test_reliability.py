@@ -27,6 +27,8 @@ from nope_gpt.training.checkpoints import Progress, Saver, Snapshot
 from nope_gpt.training.guards import Verdict, judge
 from nope_gpt.training.loop import Trainer
 
+Nope = Callable[..., subprocess.CompletedProcess[str]]
+
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and fork")
 
 KILLED = 9
@@ -432,6 +434,55 @@ def test_another_micro_batch_goes_on_in_the_same_order(dataset: Path, tmp_path: 
     assert rest.losses == pytest.approx(whole.losses[3:], rel=1e-5)
     with pytest.raises(UsageError, match="the samples per step changed"):
         small_run(dataset, tmp_path / "parts", resume=True, batch_size=16, max_steps=9)
+
+
+def test_a_run_begun_from_a_checkpoint_of_another_is_that_run_from_there(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """`--resume CHECKPOINT --run-name NEW`: nothing of the first run is touched."""
+    root = tmp_path / "runs"
+    whole = small_run(dataset, root, optimizer="muon", dropout=0.2)
+    step_3 = root / "pretrain" / "checkpoints" / "step-3"
+    before = sorted(path.stat().st_mtime_ns for path in (root / "pretrain").rglob("*"))
+    again = small_run(
+        dataset, root, resume=step_3, run_name="branch", optimizer="muon", dropout=0.2
+    )
+    assert again.losses == whole.losses[3:]
+    assert before == sorted(path.stat().st_mtime_ns for path in (root / "pretrain").rglob("*"))
+    files = [
+        root / name / "checkpoints/step-6/model.safetensors" for name in ("pretrain", "branch")
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with pytest.raises(UsageError, match="gone on to step-6 after step-3") as caught:
+        small_run(dataset, root, resume=step_3, optimizer="muon", dropout=0.2)
+    assert "--run-name pretrain-2" in str(caught.value)
+    with pytest.raises(UsageError, match="the model changed"):
+        small_run(dataset, root, resume=step_3, run_name="other", num_decoder_layers=3)
+    (step_3 / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(NopeError, match=r"optimizer\.safetensors"):
+        small_run(dataset, root, resume=step_3, run_name="third", optimizer="muon", dropout=0.2)
+
+
+def test_resuming_takes_the_settings_of_what_it_is_given(
+    dataset: Path, tmp_path: Path, nope: Nope
+) -> None:
+    """A run's directory or a checkpoint's say all: nothing needs to be typed again."""
+    root = tmp_path / "elsewhere"
+    small_run(dataset, root, run_name="first")
+    run = root / "first"
+    more = nope("pretrain", "--resume", run, "--max-steps=9", "--json")
+    assert more.returncode == 0, more.stderr
+    assert "going on from step 6 of 9" in more.stderr
+    step_9 = run / "checkpoints" / "step-9"
+    branch = nope("pretrain", f"--resume={step_9}", "--run-name", "second", "--max-steps=12")
+    assert branch.returncode == 0, branch.stderr
+    assert (root / "second" / "checkpoints" / "step-12" / "model.safetensors").is_file()
+    bare = nope("pretrain", "--run-dir-path", root, "--run-name=second", "--resume")
+    assert "going on from step 12 of 12" in bare.stderr
+    wrong = nope("pretrain", "--resume", "nowhere")
+    assert wrong.returncode == 3
+    assert "neither a run nor a checkpoint" in wrong.stderr
+    assert "tune" not in wrong.stderr
 
 
 # R12, R13: what a bad step does

@@ -20,6 +20,9 @@ from nope_gpt.knobs import Knobs, flag_of, kind_of, known_fields, read_settings,
 
 C = TypeVar("C", bound=Knobs)
 
+LATEST = "latest"
+"""What a bare --resume means."""
+
 SPELLINGS = {
     "num-decoder-layers": "num-hidden-layers",
     "hidden-ratio": "feed-forward-ratio",
@@ -60,6 +63,9 @@ def normalize(arguments: list[str]) -> list[str]:
             fail(UsageError("tune has no --dropout: the base model's own applies"))
         if flag == "checkpoint-path" and command in ("generate", "chat"):
             flag = "model"
+        following = next(iter(arguments[index + 1 :]), "-")
+        if flag == "resume" and not equals and following.startswith("-"):
+            equals, value = "=", LATEST
         result.append(f"--{SPELLINGS.get(flag, flag)}{equals}{value}")
     return result
 
@@ -91,8 +97,10 @@ def configured(
                 flags = {name: values.pop(name) for name in names}
                 given = {name: value for name, value in flags.items() if value is not None}
                 layers.append(("the command line", given))
-                if values.get("resume"):
-                    layers.insert(0, stored_layer(config_type, layers))
+                if RESUME in arguments:
+                    chosen = values["resume"]
+                    values["resume"], stored = resumption(config_type, layers, chosen)
+                    layers = stored + layers
                 body(resolve(config_type, layers), **values)
 
         command.__signature__ = inspect.Signature([*own, *knobs])  # type: ignore[attr-defined]
@@ -118,19 +126,32 @@ def layers_from(
     return layers
 
 
-def stored_layer(
-    config_type: Any, layers: list[tuple[str, Mapping[str, Any]]]
-) -> tuple[str, Mapping[str, Any]]:
-    """The settings that the run which the layers name was begun with."""
-    from nope_gpt.training.runs import run_path, stored_record
+def resumption(
+    config_type: Any, layers: list[tuple[str, Mapping[str, Any]]], chosen: str | None
+) -> tuple[bool | Path, list[tuple[str, Mapping[str, Any]]]]:
+    """What --resume means: what to go on from, and the settings it was begun with.
 
+    Args:
+        config_type: The command's settings.
+        layers: Everything else that was asked for.
+        chosen: `latest` for the run that the layers name; or a run or a checkpoint; or None.
+
+    Raises:
+        MissingError: There is no such run or checkpoint.
+    """
+    from nope_gpt.training.runs import origin_of, run_path, stored_record
+
+    if chosen is None:
+        return False, []
+    if chosen != LATEST:
+        return origin_of(Path(chosen).expanduser(), config_type.command)
     fields: dict[str, Any] = {
         field.name: field.default for field in dataclasses.fields(config_type)
     }
     for where, layer in layers:
         fields |= known_fields(config_type, layer, where)
     path = run_path(fields["run_dir_path"], fields["run_name"])
-    return str(path), stored_record(path, config_type.command).get("config", {})
+    return True, [(str(path), stored_record(path, config_type.command).get("config", {}))]
 
 
 def common_parameters(presets: Mapping[str, Any]) -> list[inspect.Parameter]:
@@ -189,10 +210,10 @@ def argument(name: str, kind: Any, help: str, *, default: Any, metavar: str) -> 
 
 RESUME = option(
     "resume",
-    bool,
-    "Go on with the run from its newest valid checkpoint, or begin it if there is none. "
-    "Settings are the stored ones and the flags given now.",
-    default=False,
+    str | None,
+    "Go on with the run from its newest valid checkpoint, or begin it if there is none; or go "
+    "on from this run or checkpoint. Settings are the stored ones and the flags given now.",
+    metavar="[PATH]",
 )
 
 JSON = option("json", bool, "Print one JSON object on stdout, for programs.", default=False)

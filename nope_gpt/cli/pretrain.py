@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nope_gpt.cli.launching import GPUS, launch
@@ -24,7 +25,7 @@ DRY_RUN = option(
 
 @configured(PretrainConfig, RESUME, GPUS, DRY_RUN, JSON)
 def command(
-    config: PretrainConfig, resume: bool, gpus: int | None, dry_run: bool, json: bool
+    config: PretrainConfig, resume: bool | Path, gpus: int | None, dry_run: bool, json: bool
 ) -> None:
     """Train a base model on a prepared data set of text.
 

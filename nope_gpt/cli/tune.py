@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nope_gpt.cli.launching import GPUS, launch
 from nope_gpt.cli.options import JSON, RESUME, configured
 from nope_gpt.cli.terminal import result_of_ranks
@@ -9,7 +11,7 @@ from nope_gpt.config import TuneConfig
 
 
 @configured(TuneConfig, RESUME, GPUS, JSON)
-def command(config: TuneConfig, resume: bool, gpus: int | None, json: bool) -> None:
+def command(config: TuneConfig, resume: bool | Path, gpus: int | None, json: bool) -> None:
     """Teach a base model to answer, by LoRA on a prepared data set of conversations.
 
     Trains low-rank adapters and the token embedding on the answers alone. The base model

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nope_gpt.artifacts import write_json
 from nope_gpt.config import TrainingConfig
 from nope_gpt.data.batches import Batch, Batches
 from nope_gpt.device import autocast, memory_in_use, seed_of
 from nope_gpt.errors import Interrupted, NopeError
 from nope_gpt.evaluation import summed_loss
+from nope_gpt.locating import RUN
 from nope_gpt.model import NoPEGPT
 from nope_gpt.signals import StopRequest, exit_code_of
 from nope_gpt.training import checkpoints, distribution, state
@@ -110,7 +112,7 @@ class Trainer:
         self.last_saved = -1
         self.saver = Saver(
             run.checkpoint_path,
-            job.write_model,
+            self.write_model,
             keep=config.keep_checkpoints,
             keep_every=config.keep_every,
             written=lambda path: self.tell("saved", path),
@@ -238,7 +240,8 @@ class Trainer:
                 hint="resume with a lower --learning-rate, or with --loss-spike warn",
             )
         self.saver.wait()
-        checkpoint = distribution.shared(checkpoints.newest(self.run.checkpoint_path))
+        newest = checkpoints.newest(self.run.checkpoint_path) or self.run.resumed_from
+        checkpoint = distribution.shared(newest)
         if checkpoint is None:
             return False
         next_samples, rewinds = self.progress.data_step + 1, self.progress.rewinds + 1
@@ -284,6 +287,11 @@ class Trainer:
         weights, tensors = state.gathered(self.job.model, self.optimizers)
         if self.ranks.is_first:
             self.saver.save(Snapshot(copy.deepcopy(self.progress), weights, tensors))
+
+    def write_model(self, directory: Path, weights: Tensors) -> None:
+        """Write the model's files into a checkpoint, and what made it."""
+        self.job.write_model(directory, weights)
+        write_json(directory / RUN, self.run.record)
 
     def report(self, loss: float, norm: float, rate: float, speed: float) -> None:
         """Tell of a step that is done."""

@@ -21,17 +21,17 @@ from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
 from nope_gpt.training.planning import EXPECTED_UTILIZATION, DryRun, memory_plan
 from nope_gpt.training.reporting import Listener
-from nope_gpt.training.runs import begun, launched
+from nope_gpt.training.runs import Resume, begun, launched
 from nope_gpt.training.sampling import Sampler
 
 
-def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: bool = False) -> Path:
+def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: Resume = False) -> Path:
     """Train a base model from nothing, or go on with a run.
 
     Args:
         config: Every setting.
         listeners: Told what happens; on the first rank only.
-        resume: Go on from the run's newest valid checkpoint.
+        resume: Go on from the run's newest valid checkpoint, or from this one.
 
     Returns:
         The run's directory.

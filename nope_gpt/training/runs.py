@@ -16,15 +16,26 @@ import torch
 from filelock import FileLock, Timeout
 
 from nope_gpt import __version__
-from nope_gpt.artifacts import DAMAGE, is_leftover, write_file, write_json, writing
+from nope_gpt.artifacts import (
+    DAMAGE,
+    is_leftover,
+    read_manifest,
+    verify,
+    write_file,
+    write_json,
+    writing,
+)
 from nope_gpt.config import TrainingConfig
 from nope_gpt.device import Ranks, draw_seed, resolve_device, reuse_freed_memory
-from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.locating import RUN, checkpoints_in
+from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.locating import RUN, checkpoints_in, step_of
 from nope_gpt.training import checkpoints, distribution
 from nope_gpt.training.watchdog import Watchdog
 
 C = TypeVar("C", bound=TrainingConfig)
+
+Resume = bool | Path
+"""Whether to go on with a run from its newest valid checkpoint, or the checkpoint to go on from."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +46,13 @@ class Run:
         path: Its directory.
         checkpoint_path: The directory of its checkpoints.
         resumed_from: The checkpoint to go on from, or None to begin.
+        record: What run.json says.
     """
 
     path: Path
     checkpoint_path: Path
     resumed_from: Path | None
+    record: dict[str, Any]
 
 
 def run_path(root: str, name: str) -> Path:
@@ -65,10 +78,10 @@ def checkpoint_path(config: TrainingConfig) -> Path:
 
 
 def stored_record(path: Path, command: str) -> dict[str, Any]:
-    """What run.json says, or nothing where there is no run.
+    """What the run.json of a run or a checkpoint says, or nothing where there is none.
 
     Raises:
-        UsageError: It is a run of another command.
+        UsageError: It is of another command.
         NopeError: The file is damaged.
     """
     file = path / RUN
@@ -89,16 +102,17 @@ def stored_record(path: Path, command: str) -> dict[str, Any]:
     return record
 
 
-def open_run(config: TrainingConfig, facts: dict[str, Any], resume: bool) -> Run:
+def open_run(config: TrainingConfig, facts: dict[str, Any], resume: Resume) -> Run:
     """Begin a run, or go on with one.
 
     Args:
         config: Resolved, its seed included.
         facts: What must not change while the run goes on: model, tokenizer, data.
-        resume: Go on from the newest valid checkpoint, if there is one.
+        resume: Go on from the newest valid checkpoint, if there is one, or from this one.
 
     Raises:
-        UsageError: The run exists and is not to be resumed, or its facts changed.
+        UsageError: The run exists and is not to be resumed, or its facts changed, or it is
+            farther than the checkpoint to go on from.
     """
     path, stored = check_run(config, facts, resume)
     record = {
@@ -109,21 +123,40 @@ def open_run(config: TrainingConfig, facts: dict[str, Any], resume: bool) -> Run
         "facts": facts,
     }
     directory = path / checkpoint_path(config)
-    newest = checkpoints.newest(directory) if stored else None
+    chosen = checkpoints.newest(directory) if stored else None
+    if isinstance(resume, Path):
+        refuse_future(chosen, resume, config)
+        chosen = resume
     for leftover in filter(is_leftover, directory.glob("step-*")):
         shutil.rmtree(leftover, ignore_errors=True)
     write_json(path / RUN, record)
-    return Run(path, directory, newest)
+    return Run(path, directory, chosen, record)
+
+
+def refuse_future(newest: Path | None, chosen: Path, config: TrainingConfig) -> None:
+    """Refuse to go on before a run's newest checkpoint: the later ones would be overwritten."""
+    if newest and step_of(newest) > step_of(chosen):
+        raise UsageError(
+            f"the run has gone on to {newest.name} after {chosen.name}",
+            where=str(newest.parent),
+            hint=f"begin another run from there: nope {config.command} --resume {chosen} "
+            f"--run-name {config.run_name}-2",
+        )
 
 
 def check_run(
-    config: TrainingConfig, facts: dict[str, Any], resume: bool
+    config: TrainingConfig, facts: dict[str, Any], resume: Resume
 ) -> tuple[Path, dict[str, Any]]:
     """Where a run lives and what is stored of it, if it may begin or go on; changes nothing.
 
     Raises:
         UsageError: The run exists and is not to be resumed, or its facts changed.
+        NopeError: The checkpoint to go on from is damaged.
     """
+    if isinstance(resume, Path):
+        verify(resume, read_manifest(resume, "checkpoint"))
+        origin = stored_record(resume, config.command)
+        check_facts(origin.get("facts", {}), facts, resume)
     path = run_path(config.run_dir_path, config.run_name)
     stored = stored_record(path, config.command)
     if stored and not resume:
@@ -143,6 +176,32 @@ def check_run(
             hint="choose another --checkpoint-path",
         )
     return path, stored
+
+
+def origin_of(path: Path, command: str) -> tuple[Resume, list[tuple[str, dict[str, Any]]]]:
+    """What a run or a checkpoint to go on from means, and the settings it was made with.
+
+    Returns:
+        For a run, whether to resume; for a checkpoint, the checkpoint. Then the settings as
+        layers, the last of them the run, where it is known.
+
+    Raises:
+        MissingError: There is neither a run nor a checkpoint.
+        UsageError: It is one of another command.
+    """
+    stored = stored_record(path, command)
+    if not stored:
+        raise MissingError(
+            "there is neither a run nor a checkpoint to go on from",
+            where=str(path),
+            hint="give a run, such as runs/NAME, or a checkpoint in one: checkpoints/step-N",
+        )
+    is_checkpoint = (path / checkpoints.STATE).is_file()
+    run = path.absolute().parent.parent if is_checkpoint else path.absolute()
+    layers = [(str(path), stored["config"])]
+    if stored_record(run, command):
+        layers.append((str(run), {"run_dir_path": str(run.parent), "run_name": run.name}))
+    return path if is_checkpoint else True, layers
 
 
 @dataclass(frozen=True)
@@ -182,7 +241,7 @@ def launched(config: C) -> Iterator[tuple[C, Launch]]:
 
 @contextmanager
 def begun(
-    config: TrainingConfig, facts: dict[str, Any], resume: bool, ranks: Ranks
+    config: TrainingConfig, facts: dict[str, Any], resume: Resume, ranks: Ranks
 ) -> Iterator[Run]:
     """Open the run on the first rank, which alone writes, and tell the others.
 

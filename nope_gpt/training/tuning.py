@@ -22,10 +22,10 @@ from nope_gpt.training import checkpoints
 from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
 from nope_gpt.training.reporting import Listener
-from nope_gpt.training.runs import begun, launched
+from nope_gpt.training.runs import Resume, begun, launched
 
 
-def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False) -> Path:
+def tune(config: TuneConfig, listeners: list[Listener], *, resume: Resume = False) -> Path:
     """Train adapters and the token embedding on the answers of conversations.
 
     A checkpoint holds the model with its adapters folded in, and the adapters beside it.
@@ -33,7 +33,7 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: bool = False)
     Args:
         config: Every setting.
         listeners: Told what happens; on the first rank only.
-        resume: Go on from the run's newest valid checkpoint.
+        resume: Go on from the run's newest valid checkpoint, or from this one.
 
     Returns:
         The run's directory.
