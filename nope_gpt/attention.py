@@ -100,8 +100,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor
     length, repeats = q.size(2), q.size(1) // k.size(1)
     k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H, D]
-    out = varlen_attn(q, k, v, offsets, offsets, length, length, window_size=(-1, 0))
-    return out.view(-1, length, q.size(1) * q.size(2))
+    out: Any = varlen_attn(q, k, v, offsets, offsets, length, length, window_size=(-1, 0))
+    return out.view(-1, length, q.size(1) * q.size(2))  # type: ignore[no-any-return]
 
 
 # An operator of its own, because torch.compile would look inside a function, find the

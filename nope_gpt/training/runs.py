@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +178,7 @@ def check_run(
     return path, stored
 
 
-def origin_of(path: Path, command: str) -> tuple[Resume, list[tuple[str, dict[str, Any]]]]:
+def origin_of(path: Path, command: str) -> tuple[Resume, list[tuple[str, Mapping[str, Any]]]]:
     """What a run or a checkpoint to go on from means, and the settings it was made with.
 
     Returns:
@@ -198,7 +198,7 @@ def origin_of(path: Path, command: str) -> tuple[Resume, list[tuple[str, dict[st
         )
     is_checkpoint = (path / checkpoints.STATE).is_file()
     run = path.absolute().parent.parent if is_checkpoint else path.absolute()
-    layers = [(str(path), stored["config"])]
+    layers: list[tuple[str, Mapping[str, Any]]] = [(str(path), stored["config"])]
     if stored_record(run, command):
         layers.append((str(run), {"run_dir_path": str(run.parent), "run_name": run.name}))
     return path if is_checkpoint else True, layers
