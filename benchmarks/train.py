@@ -83,7 +83,21 @@ def ours(shape: dict[str, int], *, compiled: bool) -> tuple[nn.Module, Step]:
 
 
 def transformers(shape: dict[str, int]) -> tuple[nn.Module, Step]:
-    """The same network in Hugging Face transformers: Arcee with SiLU, its rotation turned off."""
+    """The same network in Hugging Face transformers."""
+    model = arcee(seeded(shape), shape["T"])
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        # The targets are ours, one later already.
+        result: Tensor = model(
+            input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False
+        ).loss
+        return result
+
+    return model, loss
+
+
+def arcee(source: NoPEGPT, length: int) -> nn.Module:
+    """A network in Hugging Face transformers: Arcee with SiLU, its rotation turned off."""
     from transformers import ArceeConfig, ArceeForCausalLM
 
     rope = {
@@ -94,22 +108,22 @@ def transformers(shape: dict[str, int]) -> tuple[nn.Module, Step]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 1,
     }
+    ours = source.config
     config = ArceeConfig(
-        vocab_size=shape["vocabulary"],
-        hidden_size=shape["d"],
-        intermediate_size=shape["ratio"] * shape["d"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv"],
-        head_dim=shape["d"] // shape["heads"],
+        vocab_size=ours.vocabulary_size,
+        hidden_size=ours.embedding_dimensions,
+        intermediate_size=ours.hidden_dimensions,
+        num_hidden_layers=ours.num_decoder_layers,
+        num_attention_heads=ours.num_q_heads,
+        num_key_value_heads=ours.num_kv_heads,
+        head_dim=ours.head_dimensions,
         rms_norm_eps=torch.finfo(torch.float32).eps,
         hidden_act="silu",
         tie_word_embeddings=True,
-        max_position_embeddings=shape["T"],
+        max_position_embeddings=length,
         bos_token_id=None,
         eos_token_id=None,
         rope_parameters=rope,
-        use_cache=False,
     )
     model = ArceeForCausalLM(config)
     names = {
@@ -124,20 +138,14 @@ def transformers(shape: dict[str, int]) -> tuple[nn.Module, Step]:
         "down.": "down_proj.",
     }
     state = {}
-    for name, weight in seeded(shape).state_dict().items():
+    for name, weight in source.state_dict().items():
         for old, new in names.items():
             name = name.replace(old, new)
         state["model." + name if name.startswith("norm") else name] = weight
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert missing in ([], ["lm_head.weight"]) and not unexpected, (missing, unexpected)
     model.tie_weights()
-
-    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        # The targets are ours, one later already.
-        result: Tensor = model(input_ids=tokens, labels=targets, shift_labels=targets).loss
-        return result
-
-    return model, loss
+    return model
 
 
 class PlainBlock(nn.Module):
@@ -245,6 +253,7 @@ def serve(way: str, shape: dict[str, int], device: torch.device) -> None:
     """Be one way: answer each line on stdin, a number of steps, with their seconds."""
     if way == "products":
         reuse_freed_memory()
+        print("{}", flush=True)
         dtypes = (torch.bfloat16, torch.float32)[: 2 if device.type == "cpu" else 1]
         for _ in sys.stdin:
             print(json.dumps([product_rate(shape, device, x) for x in dtypes]), flush=True)
@@ -311,12 +320,12 @@ def forget_peak(device: torch.device) -> None:
 class Worker:
     """A way in a process of its own."""
 
-    def __init__(self, way: str, arguments: list[str]) -> None:
-        command = [sys.executable, __file__, "--way", way, *arguments]
+    def __init__(self, way: str, arguments: list[str], script: str = __file__) -> None:
+        command = [sys.executable, script, "--way", way, *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.first = {} if way == "products" else self.read()
+        self.first = self.read()
 
     def read(self) -> Any:
         assert self.process.stdout

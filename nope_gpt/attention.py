@@ -60,8 +60,8 @@ def causal_attention(
 
     Args:
         q: Queries [B, H, T, D].
-        k: Keys [B, G, T, D].
-        v: Values [B, G, T, D].
+        k: Keys [B, G, K, D]; with more than T of them, the queries are of the last ones.
+        v: Values [B, G, K, D].
         documents: Which tokens belong together.
         dropout: Proportion of the probabilities that is silenced.
 
@@ -71,11 +71,14 @@ def causal_attention(
     numbers, offsets = documents or (None, None)
     if dropout == 0.0 and offsets is not None and q.dtype != torch.float32:
         return packed_attention(q, k, v, offsets)
-    torch_is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    num_before = k.size(2) - q.size(2)
+    torch_is_slow = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or num_before)
     if dropout == 0.0 and (torch_is_slow or numbers is not None):
         return blockwise_attention(q, k, v, numbers)  # type: ignore[no-any-return]
     mask = None
-    if numbers is not None:
+    if num_before:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(num_before)
+    elif numbers is not None:
         mask = (numbers[:, None, :, None] == numbers[:, None, None, :]).tril()
     out = F.scaled_dot_product_attention(
         q,
@@ -114,8 +117,9 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | Non
     scale, q = k.size(-1) ** -0.5, by_group(q, k.size(1))
     k, v = (k * scale).flatten(0, 1), v.flatten(0, 1)
     out = torch.empty_like(q.permute(0, 3, 1, 2, 4), memory_format=torch.contiguous_format)
+    num_before = k.size(1) - q.size(3)
     for now in blocks(q.size(3)):
-        upto = slice(now.stop)
+        upto = slice(num_before + now.stop)
         p = probabilities(rows(q, now), k[:, upto], now, documents)
         block = (p @ v[:, upto]).view(q[..., now, :].shape)
         out[:, now] = block.permute(0, 3, 1, 2, 4)
@@ -138,8 +142,10 @@ def blockwise_attention_backward(
     k, v = (k * scale).flatten(0, 1), v.flatten(0, 1)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+    num_before = k.size(1) - q.size(3)
     for now in blocks(q.size(3)):
-        queries, gradients, upto = rows(q, now), rows(gradient, now), slice(now.stop)
+        queries, gradients = rows(q, now), rows(gradient, now)
+        upto = slice(num_before + now.stop)
         p = probabilities(queries, k[:, upto], now, documents)
         dv[:, upto] += p.mT @ gradients
         dp = gradients @ v[:, upto].mT
@@ -194,7 +200,7 @@ def probabilities(q: Tensor, k: Tensor, now: slice, documents: Tensor | None) ->
     size = now.stop - now.start
     scores = (q @ k.mT).view(len(q), -1, size, k.size(1))  # [B * G, R, Q, K]
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    scores[..., now].masked_fill_(future, -torch.inf)
+    scores[..., -size:].masked_fill_(future, -torch.inf)
     if documents is not None:
         foreign = documents[:, now, None] != documents[:, None, : now.stop]  # [B, Q, K]
         groups = len(scores) // len(documents)

@@ -1,110 +1,18 @@
-"""A conversation with a model: messages, memory and streaming text, without a terminal."""
+"""A conversation with a model: messages and memory, without a terminal."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from nope_gpt.config import ChatConfig, SamplingConfig
+from nope_gpt.caching import KVCache
+from nope_gpt.config import ChatConfig
 from nope_gpt.errors import UsageError
 from nope_gpt.memory import BufferWindowMemory, Message
 from nope_gpt.model import NoPEGPT
-from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, StreamDecoder
-
-
-class Piece(NamedTuple):
-    """Streamed text, and the probability of the token that completed it."""
-
-    text: str
-    probability: float
-
-
-@dataclass
-class Statistics:
-    """What the last stream took.
-
-    Attributes:
-        prompt_tokens: Tokens read.
-        new_tokens: Tokens written, the one that stopped it included.
-        first_seconds: Time to the first token.
-        seconds: Time in all.
-        reason: Why it ended: "stop", "length" or "interrupted".
-    """
-
-    prompt_tokens: int
-    new_tokens: int = 0
-    first_seconds: float = 0.0
-    seconds: float = 0.0
-    reason: str = "interrupted"
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed, the first token left out; 0 if there was no other."""
-        seconds = self.seconds - self.first_seconds
-        return (self.new_tokens - 1) / seconds if self.new_tokens > 1 and seconds else 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.new_tokens} tokens · {self.tokens_per_second:.1f} tok/s · "
-            f"first after {self.first_seconds:.2f} s · prompt {self.prompt_tokens} tokens · "
-            f"{self.reason}"
-        )
-
-
-class TextStream:
-    """A prompt's continuation as text, up to a stop token.
-
-    Args:
-        model: Writes.
-        tokenizer: The model's.
-        prompt: Token ids, at least one.
-        sampling: How to draw.
-        generator: Source of randomness; None for torch's global one.
-    """
-
-    def __init__(
-        self,
-        model: NoPEGPT,
-        tokenizer: BaseTokenizer,
-        prompt: list[int],
-        sampling: SamplingConfig,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.statistics = Statistics(min(len(prompt), sampling.context_length))
-        self.tokens = model.generate(
-            torch.tensor(prompt, dtype=torch.int64),
-            max_tokens=sampling.max_tokens,
-            context_length=sampling.context_length,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            repeat_penalty=sampling.repeat_penalty,
-            repeat_window=sampling.repeat_window,
-            generator=generator,
-        )
-
-    def __iter__(self) -> Iterator[Piece]:
-        decoder, statistics = StreamDecoder(self.tokenizer), self.statistics
-        started = time.perf_counter()
-        reason = "length"
-        for token, probability in self.tokens:
-            statistics.new_tokens += 1
-            statistics.seconds = time.perf_counter() - started
-            if statistics.new_tokens == 1:
-                statistics.first_seconds = statistics.seconds
-            if int(token) in self.tokenizer.stop_tokens:
-                reason = "stop"
-                break
-            if text := decoder.decode(token):
-                yield Piece(text, float(probability))
-        if text := decoder.flush():
-            yield Piece(text, 0.0)
-        statistics.reason = reason
+from nope_gpt.streaming import Piece, Statistics, TextStream
+from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 
 class ChatSession:
@@ -137,6 +45,7 @@ class ChatSession:
         self.config = config
         self.generator = generator
         self.memory = BufferWindowMemory(config.max_message_history)
+        self.cache: KVCache | None = None
         self.statistics: Statistics | None = None
 
     def reply(self, text: str) -> Iterator[Piece]:
@@ -151,7 +60,9 @@ class ChatSession:
         except UsageError:
             self.memory.messages = before
             raise
-        stream = TextStream(self.model, self.tokenizer, prompt, self.config, self.generator)
+        stream = TextStream(
+            self.model, self.tokenizer, prompt, self.config, self.generator, self.reusable()
+        )
         self.statistics = stream.statistics
         said: list[str] = []
         try:
@@ -160,6 +71,22 @@ class ChatSession:
                 yield piece
         finally:
             self.memory.add_message({"role": "assistant", "content": "".join(said).strip()})
+
+    def reusable(self) -> KVCache:
+        """The cache of the conversation, so that only what is new in it is read.
+
+        It is made anew while it cannot decode natively yet, since the library may be there now.
+        """
+        if self.cache is None or self.cache.reader is None:
+            config, old = self.config, self.cache
+            self.cache = self.model.new_cache(
+                config.context_length,
+                pinned=min(config.pin_tokens, config.context_length - 1),
+                compile=config.compile,
+            )
+            if old and self.cache.reader is None:
+                self.cache = old
+        return self.cache
 
     def prompt(self) -> list[int]:
         """The system message and as much of the history as the context holds, whole messages.

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from nope_gpt.errors import UsageError
+from nope_gpt.errors import CapacityError, UsageError
 from nope_gpt.hardware import dense_bfloat16_peak
+from nope_gpt.sizing import format_bytes
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of mallopt(3)."""
@@ -170,6 +171,32 @@ def memory_in_use(device: torch.device) -> int | None:
     except OSError:
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_left(device: torch.device) -> int | None:
+    """Bytes that new tensors can take, or None if that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = dict(line.split(":", 1) for line in lines)
+    return int(sizes["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in sizes else None
+
+
+def refuse_small_memory(device: torch.device, size: int, what: str) -> None:
+    """Refuse what a device has no room for.
+
+    Raises:
+        CapacityError: With both figures.
+    """
+    left = memory_left(device)
+    if left is not None and size > left:
+        raise CapacityError(
+            f"{what} takes {format_bytes(size)}, and {device} has {format_bytes(left)} left",
+            hint="lower --context-length, or --max-tokens",
+        )
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:

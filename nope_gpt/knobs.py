@@ -81,6 +81,10 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+TEXTS = tuple[str, ...]
+"""The type of a knob that may be given several times."""
+
+
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """The flag that sets a field, with its dashes."""
     return "--" + (field.metadata.get("flag") or field.name.replace("_", "-"))
@@ -122,6 +126,10 @@ def checked(owner: type, field: dataclasses.Field[Any], value: Any) -> Any:
     kind, optional = kind_of(owner, field.name)
     if value is None and optional:
         return None
+    if kind == TEXTS:
+        if isinstance(value, list | tuple) and all(type(item) is str for item in value):
+            return tuple(value)
+        raise UsageError(f"{flag_of(field)} is {value!r}, and must be a list of texts")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:

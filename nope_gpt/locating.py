@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ RANKS = "tokenizer.tiktoken"
 RUN = "run.json"
 
 
-def locate(model: str | Path, **options: Any) -> Path:
+Tell = Callable[[str], None]
+"""What hears of a checkpoint that was passed over."""
+
+
+def untold(_: str) -> None:
+    """Hear nothing."""
+
+
+def locate(model: str | Path, tell: Tell = untold, **options: Any) -> Path:
     """Find the directory of a model, downloading it if it is on the Hub.
 
     Args:
         model: A run directory (its newest valid checkpoint), a checkpoint or export
             directory, or the id of a model on the Hub. A name that ends in .pt, as in the
             old scripts, is also the directory of that name without the suffix.
+        tell: Told of newer checkpoints that are damaged.
         options: What `huggingface_hub.snapshot_download` takes: revision, token, cache_dir.
 
     Raises:
@@ -34,7 +44,7 @@ def locate(model: str | Path, **options: Any) -> Path:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return model_in(path)
+        return model_in(path, tell)
     if path.is_file():
         raise UsageError(
             "this is a single file, and a model is a directory",
@@ -43,7 +53,7 @@ def locate(model: str | Path, **options: Any) -> Path:
             f"nope export --model {path} --format hub --output exports/{path.stem}",
         )
     if path.suffix == ".pt" and path.with_suffix("").is_dir():
-        return model_in(path.with_suffix(""))
+        return model_in(path.with_suffix(""), tell)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
         raise MissingError("there is no such file", where=str(path))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
@@ -56,16 +66,16 @@ def locate(model: str | Path, **options: Any) -> Path:
     return download(str(model), **options)
 
 
-def model_in(path: Path) -> Path:
+def model_in(path: Path, tell: Tell = untold) -> Path:
     """The model directory that a local directory is or leads to."""
     if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
         if (path / MANIFEST).is_file():
             verify(path, read_manifest(path, "checkpoint"))
         return path
     if (path / RUN).is_file():
-        return newest_checkpoint(checkpoints_of(path))
+        return newest_checkpoint(checkpoints_of(path), tell)
     if any(path.glob("step-*")):
-        return newest_checkpoint(path)
+        return newest_checkpoint(path, tell)
     if (path / MANIFEST).is_file():
         read_manifest(path, "checkpoint")
     for pattern in ("*.pt", "*.pth", "pytorch_model*.bin"):
@@ -94,8 +104,12 @@ def checkpoints_of(run: Path) -> Path:
         ) from None
 
 
-def newest_checkpoint(directory: Path) -> Path:
+def newest_checkpoint(directory: Path, tell: Tell = untold) -> Path:
     """The valid checkpoint with the most steps, found by looking, never by a pointer.
+
+    Args:
+        directory: Of the checkpoints.
+        tell: Told of newer ones that are damaged.
 
     Raises:
         MissingError: There is none; tells what is wrong with those that are there.
@@ -107,6 +121,8 @@ def newest_checkpoint(directory: Path) -> Path:
         except NopeError as error:
             complaints.append(f"{path.name}: {error.what}")
         else:
+            for complaint in complaints:
+                tell(f"passed over {complaint}")
             return path
     raise MissingError(
         "there is no valid checkpoint" + "".join(f"\n  {text}" for text in complaints),

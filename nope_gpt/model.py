@@ -1,37 +1,35 @@
 """NoPE GPT: a decoder-only transformer without positional embeddings.
 
-Each block adds grouped-query attention and a two-layer SiLU MLP to the residual
-stream, each behind an RMSNorm. The order of the tokens is known from the causal mask
-alone. The head is the transposed token embedding.
+An embedding, the blocks of `blocks.py` on one residual stream, a norm, and a head that is
+the transposed embedding. The order of the tokens is known from the causal mask alone.
 
-Shapes: B batch, T tokens, C embedding dimensions, V vocabulary, H query heads,
-G key/value heads, D head dimensions, N visible tokens.
+Shapes: B batch, T tokens, C embedding dimensions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from nope_gpt import generation, hub
-from nope_gpt.attention import Documents, causal_attention
-from nope_gpt.caching import KVCache, LayerCache
+from nope_gpt import generation, hub, sizing
+from nope_gpt.attention import Documents
+from nope_gpt.blocks import NORM_EPSILON, Decoder
+from nope_gpt.caching import KVCache, Reading
 from nope_gpt.config import ModelConfig, SamplingConfig
 from nope_gpt.cross_entropy import summed_cross_entropy
+from nope_gpt.device import refuse_small_memory
 from nope_gpt.errors import UsageError
 from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
-
-NORM_EPSILON = torch.finfo(torch.float32).eps
-"""What torch.nn.RMSNorm takes by default in float32; explicit, so that bfloat16 agrees."""
+from nope_gpt.native import NativeReader
+from nope_gpt.quantization import Int8Embedding, Int8Linear
 
 
 class NoPEGPT(nn.Module):
@@ -71,6 +69,7 @@ class NoPEGPT(nn.Module):
             dropout=dropout,
         )
         self.trained_context_length: int | None = None
+        self.token_embeddings: nn.Embedding | Int8Embedding
         self.token_embeddings = nn.Embedding(vocabulary_size, embedding_dimensions)
         self.decoder = Decoder(self.config)
         self.norm = nn.RMSNorm(embedding_dimensions, eps=NORM_EPSILON)
@@ -126,32 +125,77 @@ class NoPEGPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score every token of the vocabulary: [..., C] to [..., V]."""
-        return F.linear(self.norm(hidden), self.token_embeddings.weight)
+        hidden, head = self.norm(hidden), self.token_embeddings
+        if isinstance(head, Int8Embedding):
+            return head.logits(hidden)
+        return F.linear(hidden, head.weight)
 
     @torch.inference_mode()
-    def predict(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def predict(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        rows: Sequence[int] | None = None,
+        *,
+        every: bool = False,
+    ) -> Tensor:
         """Read new tokens after those in the cache.
 
         Args:
             tokens: [B, T], T at least 1.
             cache: What was read before; remembers the new tokens too.
+            rows: Of the cache, B of them; None for all.
+            every: Whether the logits after every token are wanted, or after the last one.
 
         Returns:
-            The logits of the token that follows, [B, V].
+            The logits of the token that follows, [B, V], or with `every` [B, T, V].
         """
-        for piece in cache.pieces(tokens):
-            hidden = self.decoder(self.token_embeddings(piece), cache)
-        return self.logits(hidden[:, -1])
+        rows = range(cache.num_rows) if rows is None else rows
+        num_new = tokens.size(1)
+        if cache.reader and cache.reader.can_read(cache, rows, num_new):
+            logits = cache.reader.read(cache, rows, tokens, every=every)
+            cache.remember(rows, tokens)
+            return logits.view(*tokens.shape, -1) if every else logits
+        if num_new > 1 and not cache.is_even(rows):
+            pairs = zip(tokens, rows, strict=True)
+            parts = [self.predict(own[None], cache, [row], every=every) for own, row in pairs]
+            return torch.cat(parts)
+        found = []
+        for piece in cache.pieces(tokens, rows[0]):
+            reading = Reading(cache, rows, piece.size(1))
+            hidden = self.decoder(self.token_embeddings(piece), reading=reading)
+            cache.remember(rows, piece)
+            found.append(self.logits(hidden) if every else hidden[:, -1])
+        return torch.cat(found, dim=1) if every else self.logits(found[-1])
 
-    def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
-        """An empty cache for this model, in its dtype and on its device."""
-        weight = self.token_embeddings.weight
+    def new_cache(
+        self, capacity: int, batch_size: int = 1, *, pinned: int = 0, compile: str = "off"
+    ) -> KVCache:
+        """An empty cache for this model, in its dtype and on its device.
+
+        Args:
+            capacity: Tokens that each row can look back on.
+            batch_size: Rows.
+            pinned: First tokens of a row that it never forgets.
+            compile: Whether few tokens are read by compiled code: auto if it is there, on
+                when it is, off never.
+
+        Raises:
+            CapacityError: The memory is too small for a cache of this capacity.
+            NopeError: compile is on, and there is no compiled code.
+        """
+        weight = self.norm.weight
+        size = sizing.inference_memory(self.config, capacity, weight.element_size()).cache
+        what = f"a cache of {batch_size} x {capacity:,} tokens"
+        refuse_small_memory(self.device, size * batch_size, what)
         return KVCache(
             self.config,
             batch_size=batch_size,
             capacity=capacity,
+            pinned=pinned,
             dtype=weight.dtype,
             device=weight.device,
+            reader=None if compile == "off" else NativeReader.of(self, wait=compile == "on"),
         )
 
     def generate(
@@ -165,6 +209,12 @@ class NoPEGPT(nn.Module):
         repeat_penalty: float = 0.1,
         repeat_window: int = 50,
         generator: torch.Generator | None = None,
+        *,
+        min_p: float = 0.0,
+        pin_tokens: int = 0,
+        draft_tokens: int = 0,
+        compile: str = "auto",
+        cache: KVCache | None = None,
     ) -> Generator[tuple[Tensor, Tensor], None, int]:
         """Continue a prompt token by token; the caller decides which token ends it.
 
@@ -178,6 +228,11 @@ class NoPEGPT(nn.Module):
             repeat_penalty: Share of its logit that a token loses for each recent use.
             repeat_window: Generated tokens that count as recent.
             generator: Source of randomness; None for torch's global one.
+            min_p: Draw from tokens of at least this share of the likeliest one's probability.
+            pin_tokens: First tokens that are never forgotten, however long the text becomes.
+            draft_tokens: Tokens to guess ahead, where the text repeats itself.
+            compile: Decode on a CPU by compiled code: auto once it is there, on, or off.
+            cache: Of an earlier call, for what this prompt has in common with that text.
 
         Yields:
             A token [] and the probability [] that it was drawn with, after all filters.
@@ -185,6 +240,8 @@ class NoPEGPT(nn.Module):
         Raises:
             UsageError: The prompt is empty or holds unknown tokens, or a number is out
                 of its range.
+            CapacityError: The memory is too small for the context.
+            NopeError: The weights are not numbers, or cannot be decoded as asked.
         """
         sampling = SamplingConfig(
             max_tokens=max_tokens,
@@ -194,27 +251,37 @@ class NoPEGPT(nn.Module):
             top_p=float(top_p),
             repeat_penalty=float(repeat_penalty),
             repeat_window=repeat_window,
+            min_p=float(min_p),
+            pin_tokens=pin_tokens,
+            draft_tokens=draft_tokens,
+            compile=compile,
         )
-        prompt = self.checked_prompt(prompt)[-context_length:]
-        cache = self.new_cache(min(context_length, prompt.numel() + max_tokens))
-
-        def predict(tokens: Tensor) -> Tensor:
-            return self.predict(tokens.unsqueeze(0), cache)[0]
-
-        return generation.generate(predict, prompt, sampling, generator)
-
-    def checked_prompt(self, prompt: Tensor) -> Tensor:
-        if prompt.dim() != 1 or prompt.numel() == 0:
+        if prompt.dim() != 1:
             raise UsageError(
                 f"the prompt has shape {tuple(prompt.shape)}, and must be at least one token [T]"
             )
-        if int(prompt.min()) < 0 or int(prompt.max()) >= self.vocabulary_size:
-            raise UsageError(
-                f"the prompt holds token {int(prompt.max())}, and the vocabulary ends at "
-                f"{self.vocabulary_size - 1}",
-                hint="use the tokenizer of this model",
-            )
-        return prompt.to(self.device)
+        choices = generation.continuation(self, prompt.tolist(), sampling, generator, cache)
+        return generation.pairs(choices)
+
+    def quantize(self, dtype: torch.dtype | None = None) -> Self:
+        """Round the matrices to 8-bit integers, in place; it can no longer be trained.
+
+        Args:
+            dtype: Of the activations and the cache; None for that of the weights now.
+        """
+        self.requires_grad_(False)
+        dtype = dtype or self.norm.weight.dtype
+        for layer in self.decoder.layers:
+            for part in (layer.attention, layer.feed_forward):
+                for name, linear in list(part.named_children()):
+                    if isinstance(linear, nn.Linear):
+                        setattr(part, name, Int8Linear(linear))
+        if isinstance(self.token_embeddings, nn.Embedding):
+            self.token_embeddings = Int8Embedding(self.token_embeddings, dtype)
+        for module in self.modules():
+            if isinstance(module, nn.RMSNorm):
+                module.to(dtype)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -227,6 +294,11 @@ class NoPEGPT(nn.Module):
     @property
     def embedding_dimensions(self) -> int:
         return self.token_embeddings.embedding_dim
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers that the model is made of, whatever they are kept in."""
+        return sizing.count_parameters(self.config).total
 
     @property
     def num_trainable_params(self) -> int:
@@ -311,129 +383,3 @@ class NoPEGPT(nn.Module):
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
             return hub.upload(Path(directory), repo_id, **options)
-
-
-class Decoder(nn.Module):
-    """The body of the network: blocks on one residual stream."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        blocks = [DecoderBlock(config) for _ in range(config.num_decoder_layers)]
-        self.layers: Iterable[DecoderBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
-        self.recomputed: list[bool] = [False] * len(blocks)
-
-    def enable_activation_checkpointing(self, fraction: float = 1.0) -> None:
-        """Keep only the input of some blocks and recompute the rest in the backward pass.
-
-        Args:
-            fraction: Of the blocks, spread evenly.
-        """
-        count = len(self.recomputed)
-        self.recomputed = [int((i + 1) * fraction) > int(i * fraction) for i in range(count)]
-
-    def compile_blocks(self) -> None:
-        """Fuse what each block does between its matrix products; all share one compilation."""
-        for layer in self.layers:
-            layer.compile()
-
-    def uncompile_blocks(self) -> None:
-        """Undo `compile_blocks`."""
-        for layer in self.layers:
-            layer._compiled_call_impl = None
-
-    def forward(
-        self, hidden: Tensor, cache: KVCache | None = None, documents: Documents | None = None
-    ) -> Tensor:
-        """[B, T, C] to [B, T, C]."""
-        if cache:
-            mask = cache.mask(hidden.size(1))
-            for layer, memory in zip(self.layers, cache.layers, strict=True):
-                hidden = layer(hidden, memory=memory, mask=mask)
-            return hidden
-        for layer, recompute in zip(self.layers, self.recomputed, strict=True):
-            if recompute and self.training:
-                hidden = checkpoint(layer, hidden, documents, use_reentrant=False)
-            else:
-                hidden = layer(hidden, documents)
-        return hidden
-
-
-class DecoderBlock(nn.Module):
-    """Attention and an MLP, each normalized at its input and added to the stream."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.embedding_dimensions, eps=NORM_EPSILON)
-        self.attention = SelfAttention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.embedding_dimensions, eps=NORM_EPSILON)
-        self.feed_forward = FeedForward(config)
-
-    def forward(
-        self,
-        x: Tensor,
-        documents: Documents | None = None,
-        *,
-        memory: LayerCache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), documents, memory, mask)
-        return x + self.feed_forward(self.feed_forward_norm(x))  # type: ignore[no-any-return]
-
-
-class SelfAttention(nn.Module):
-    """Grouped-query causal attention without positions."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        size, kv_size = config.embedding_dimensions, config.kv_dimensions
-        self.head_dimensions = config.head_dimensions
-        self.grouped = config.num_q_heads != config.num_kv_heads
-        self.dropout = config.dropout
-        self.q_proj = nn.Linear(size, size, bias=False)
-        self.k_proj = nn.Linear(size, kv_size, bias=False)
-        self.v_proj = nn.Linear(size, kv_size, bias=False)
-        self.out_proj = nn.Linear(size, size, bias=False)
-
-    def forward(
-        self,
-        x: Tensor,
-        documents: Documents | None,
-        memory: LayerCache | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        q, k, v = (self.heads(part) for part in self.projections(x))  # [B, H or G, T, D]
-        if memory is None:
-            out = causal_attention(q, k, v, documents, self.dropout if self.training else 0.0)
-        else:
-            k, v = memory.append(k, v)  # [B, G, N, D]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
-            out = out.transpose(1, 2).flatten(2)
-        return self.out_proj(out)  # type: ignore[no-any-return]
-
-    def projections(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values by one product, unless the layers are more than a weight."""
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        if any(type(layer) is not nn.Linear for layer in layers):
-            return tuple(layer(x) for layer in layers)
-        weight = torch.cat([layer.weight for layer in layers])
-        return torch.split(F.linear(x, weight), [layer.out_features for layer in layers], dim=-1)
-
-    def heads(self, x: Tensor) -> Tensor:
-        """Split [B, T, H*D] into heads, [B, H, T, D]."""
-        return x.view(*x.shape[:2], -1, self.head_dimensions).transpose(1, 2)
-
-
-class FeedForward(nn.Module):
-    """Two layers with SiLU between them.
-
-    Dropout silences whole tokens, not single neurons: so were the published models trained.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.embedding_dimensions, config.hidden_dimensions, bias=False)
-        self.dropout = nn.Dropout1d(config.dropout)
-        self.down = nn.Linear(config.hidden_dimensions, config.embedding_dimensions, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.dropout(F.silu(self.up(x))))  # type: ignore[no-any-return]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # As `nope` has it; read when torch is imported.
+
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -65,10 +68,14 @@ def nope(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the real command line in a process of its own; returns what it said."""
 
     def run(
-        *arguments: object, stdin: str | bytes = "", env: dict[str, str] | None = None
+        *arguments: object,
+        stdin: str | bytes = "",
+        env: dict[str, str] | None = None,
+        shell: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
+        beginning = ["sh", "-c", shell] if shell else []
         done = subprocess.run(
-            [sys.executable, "-m", "nope_gpt.cli", *map(str, arguments)],
+            [*beginning, sys.executable, "-m", "nope_gpt.cli", *map(str, arguments)],
             input=stdin.encode() if isinstance(stdin, str) else stdin,
             capture_output=True,
             cwd=tmp_path,

@@ -88,6 +88,7 @@ def forward(
     num_q_heads: int,
     num_kv_heads: int,
     window: int | None = None,
+    pinned: int = 0,
 ) -> Tensor:
     """Logits [T, V] of one sequence [T], each token seeing itself and those before it.
 
@@ -96,13 +97,15 @@ def forward(
         tokens: [T].
         num_q_heads, num_kv_heads: Of the network.
         window: How many tokens each may see, itself included; None for all.
+        pinned: How many of those are the first ones, wherever it stands.
     """
     head = tensors["token_classifier.linear.weight"]
     x = head[tokens]
     num_tokens, d = x.shape
     size = d // num_q_heads
     distance = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)[None, :]
-    visible = (distance >= 0) & (distance < (window or num_tokens))
+    near = (distance < (window or num_tokens) - pinned) | (torch.arange(num_tokens) < pinned)
+    visible = (distance >= 0) & near
     layer = 0
     while f"decoder.layers.{layer}.norm1.weight" in tensors:
         prefix = f"decoder.layers.{layer}"

@@ -7,6 +7,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from nope_gpt.config import PretrainConfig
 from nope_gpt.device import Ranks
@@ -54,6 +55,11 @@ def compare(optimizer: str, level: int, hybrid: bool, ranks: Ranks) -> None:
     )
     single, model = fresh(), fresh()
     network = distribution.distribute(model, config, ranks, torch.device("cpu"))
+    if hybrid:  # Two nodes of one rank each: replicas, and nothing is sharded within a node.
+        (weight, *_) = model.parameters()
+        assert isinstance(weight, DTensor)
+        assert weight.device_mesh.shape == (2, 1)
+        assert weight.to_local().shape == weight.shape
     pairs = []
     for one in (single, model):
         trained = list(one.parameters())

@@ -54,9 +54,13 @@ class Recorder(Listener):
 
     def __init__(self) -> None:
         self.reports: list[StepReport] = []
+        self.notices: list[str] = []
 
     def stepped(self, report: StepReport) -> None:
         self.reports.append(report)
+
+    def noticed(self, what: str) -> None:
+        self.notices.append(what)
 
     @property
     def losses(self) -> list[float]:

@@ -20,7 +20,6 @@ from reference import SETTINGS, forward, published_tensors, write_published
 from safetensors.torch import save_file
 from small import RECIPE
 
-from nope_gpt.chat import Piece
 from nope_gpt.cli import main
 from nope_gpt.cli.options import configured, normalize
 from nope_gpt.cli.writing import write_stream
@@ -38,6 +37,7 @@ from nope_gpt.config import (
 from nope_gpt.errors import MissingError
 from nope_gpt.knobs import Knobs, flag_of
 from nope_gpt.model import NoPEGPT
+from nope_gpt.streaming import Piece
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 Call = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -312,6 +312,15 @@ def test_a_retired_flag_says_what_to_do_and_leaves_in_order(
 # Help
 
 
+def test_a_resumed_run_takes_its_stored_settings_before_a_preset(call: Call, corpus: Path) -> None:
+    call("prepare", corpus, "--token-encoding=bytes", "--name=text")
+    words = ["pretrain", "--preset=tiny", "--tokens-per-sample=16", "--seed=0", "--device=cpu"]
+    assert call(*words, "--max-steps=1").returncode == 0
+    done = call("pretrain", "--preset=tiny", "--resume", "--max-steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 1 of 2" in done.stderr
+
+
 @pytest.mark.parametrize("command", CONFIGS)
 def test_help_shows_every_knob_once_and_by_one_name(
     command: str, call: Call, monkeypatch: pytest.MonkeyPatch
@@ -319,6 +328,7 @@ def test_help_shows_every_knob_once_and_by_one_name(
     flags = shown_flags(help_of(call, command, monkeypatch))
     knobs = {flag_of(field) for field in dataclasses.fields(CONFIGS[command])}
     own = {"--help", "--json", "--config", "--preset", "--resume", "--prompt-file"}
+    own |= {"--input", "--output"}
     own |= {"--merge", "--dry-run", "--preview", "--gpus"}
     assert len(flags) == len(set(flags))
     assert knobs <= set(flags) <= knobs | own
@@ -423,7 +433,7 @@ def test_the_json_of_a_run_is_a_settings_file(tmp_path: Path) -> None:
         ("prepare", ["x.txt"], "overwrite = 1", "--overwrite is 1, and must be true or", "a.toml"),
         ("chat", [], "system_message = 3", "--system-message is 3, and must be text", "a.toml"),
         ("pretrain", [], "batch_sise = 1", "unknown setting 'batch_sise'", "a.toml"),
-        ("generate", [], "batch_size = 1", "unknown setting 'batch_size'", "a.toml"),
+        ("generate", [], "max_steps = 1", "unknown setting 'max_steps'", "a.toml"),
     ],
 )
 def test_a_setting_that_cannot_be_meant_is_named_with_the_place_it_came_from(
@@ -548,9 +558,9 @@ def test_the_whole_family_speaks_results_on_stdout_and_everything_else_on_stderr
     assert Path(exported, "model.safetensors").is_file()
     assert done("export", "--model", "runs/tune", "--output", "o")[0] == "o\n"
 
-    model = ["--model", "runs/pretrain", "--max-tokens=24", "--device=cpu", "--seed=7"]
+    model = ["--model", "runs/pretrain", "--max-tokens=24", "--dtype=float32", "--seed=7"]
     text, err = done("generate", "The list", *model)
-    assert re.search(r"24 tokens · .* tok/s · .* prompt 8 tokens · length\n", err)
+    assert re.search(r"24 tokens · .* tok/s · .* prompt 8 tokens at .* · length\n", err)
     Path("prompt.txt").write_text("The list")
     for words, stdin in (
         (["The list"], b""),

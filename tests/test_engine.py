@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from small import RECIPE, byte_dataset, small_model, small_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nope_gpt import device, sizing
-from nope_gpt.config import PRESETS, ModelConfig, PretrainConfig
+from nope_gpt.config import PRESETS, ModelConfig, PrepareConfig, PretrainConfig
 from nope_gpt.data.batches import TextBatches
+from nope_gpt.data.prepare import prepare
 from nope_gpt.data.shards import Dataset, TokenStream
 from nope_gpt.device import Ranks
 from nope_gpt.errors import CapacityError, UsageError
@@ -24,7 +27,10 @@ from nope_gpt.training import compilation
 from nope_gpt.training.compilation import WORTHWHILE_FLOPS, compile_blocks
 from nope_gpt.training.loop import Trainer
 from nope_gpt.training.prefetching import Prefetcher
-from nope_gpt.training.pretraining import Pretraining, dry_run
+from nope_gpt.training.pretraining import Pretraining, dry_run, pretrain
+from nope_gpt.training.reporting import Listener, RunLog, StepReport
+
+Nope = Callable[..., subprocess.CompletedProcess[str]]
 
 CPU = torch.device("cpu")
 
@@ -66,14 +72,43 @@ def test_a_step_that_does_not_fit_is_explained_by_the_plan(
     with pytest.raises(CapacityError, match=r"by plan it takes .* \(activations") as caught:
         small_run(dataset, tmp_path)
     assert caught.value.exit_code == 4
-    assert caught.value.hint == "add --batch-size 2 --gradient-accumulation-steps 4"
+    again = "the same command with --resume"
+    assert caught.value.hint == f"{again} --batch-size 2 --gradient-accumulation-steps 4"
+    other = "another run, --run-name pretrain-2, with --optimizer adafactor"
     for changes, lever in (
-        ({"batch_size": 1}, "add --activation-checkpointing"),
-        ({"batch_size": 1, "activation_checkpointing": True}, "add --optimizer adafactor"),
+        ({"batch_size": 1}, f"{again} --activation-checkpointing"),
+        ({"batch_size": 1, "activation_checkpointing": True}, other),
     ):
         with pytest.raises(CapacityError) as caught:
             small_run(dataset, tmp_path / str(len(lever)), **changes)
         assert caught.value.hint == lever
+
+
+def test_a_model_that_does_not_fit_is_explained_by_the_plan(dataset: Path, nope: Nope) -> None:
+    """By a limit of the system, before the first step."""
+    limited = 'ulimit -v 6000000; exec "$0" "$@"'
+    shape = ["--embedding-dimensions=8192", "--num-q-heads=8", "--num-kv-heads=8"]
+    words = ["pretrain", "--dataset-path", dataset, "--device=cpu", "--tokens-per-sample=16"]
+    done = nope(*words, *shape, shell=limited)
+    assert done.returncode == 4, done.stderr
+    assert "the memory is too small for this step: by plan it takes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_is_of_each_rank_and_refuses_what_a_run_would(dataset: Path) -> None:
+    settings = {"dataset_path": str(dataset), "device": "cpu", "tokens_per_sample": 16}
+    one, two, four = (
+        dry_run(PretrainConfig(**settings, gradient_accumulation_steps=8), ranks=ranks).memory
+        for ranks in (1, 2, 4)
+    )
+    assert one["optimizer"] == 2 * two["optimizer"] == 4 * four["optimizer"] > 0
+    assert one["weights"] == two["weights"]
+    with pytest.raises(UsageError, match="3 ranks cannot share evenly"):
+        dry_run(PretrainConfig(**settings, gradient_accumulation_steps=8), ranks=3)
+    tokens = PretrainConfig(**settings, batch_size=4, tokens_per_step=256)
+    with pytest.raises(UsageError, match="--tokens-per-step is 256, or 4 batches") as caught:
+        dry_run(tokens, ranks=3)
+    assert caught.value.hint == "--tokens-per-step 192 or 384"
 
 
 def test_tokens_for_each_step_set_the_accumulation_or_are_refused_with_the_arithmetic() -> None:
@@ -196,6 +231,46 @@ def test_the_log_has_the_published_curves_the_settings_and_samples(
     assert 0 < row["utilization"] < 1
     assert row["memory"] > 0
     assert PretrainConfig(sample_interval=0).sample_interval == 0
+
+
+def test_steps_done_again_are_shown_once(dataset: Path, tmp_path: Path) -> None:
+    """TensorBoard is told to forget what a resumed run does anew."""
+    small_run(dataset, tmp_path, max_steps=5, checkpoint_interval=2)
+    shutil.rmtree(tmp_path / "pretrain" / "checkpoints" / "step-5")
+    small_run(dataset, tmp_path, max_steps=6, checkpoint_interval=2, resume=True)
+    events = EventAccumulator(str(tmp_path / "pretrain"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("Cross Entropy")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_log_is_json_even_of_what_is_no_number(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, {})
+    log.open(0)
+    nan, inf = float("nan"), float("inf")
+    log.stepped(StepReport(1, nan, inf, 1e-3, 5.0, 5, 1.0))
+    log.ended()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (row["loss"], row["gradient_norm"]) == (None, None)
+
+
+def test_a_data_set_without_a_hold_out_says_so(corpus: Path, tmp_path: Path) -> None:
+    settings = PrepareConfig(
+        dataset_path=str(tmp_path / "data"), token_encoding="bytes", holdout_fraction=0.0
+    )
+    path = prepare([str(corpus)], settings)[0].path
+    told: list[str] = []
+
+    class Hearing(Listener):
+        def noticed(self, what: str) -> None:
+            told.append(what)
+
+    config = config_of(path, run_dir_path=str(tmp_path / "runs"))
+    pretrain(config, [Hearing()])
+    assert told == ["the data set has no hold-out, so there is nothing to evaluate on"] * 2
 
 
 def test_samples_read_ahead_are_those_of_the_step_that_is_asked_for(dataset: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from reference import sample
 from small import small_model
 
+from nope_gpt.config import SamplingConfig
 from nope_gpt.errors import UsageError
-from nope_gpt.generation import candidates, draw, penalize_repeats
+from nope_gpt.generation import continuation
+from nope_gpt.sampling import Draws, add_bias, candidates, draw, penalize_repeats
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5])
 
@@ -159,3 +163,99 @@ def test_what_cannot_be_generated_is_refused_at_once(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         small_model().generate(prompt, **options)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 0, "temperature": 1.0, "top_p": 1.0, "min_p": 0.0},
+        {"top_k": 7, "temperature": 0.7, "top_p": 0.8, "min_p": 0.0},
+        {"top_k": 0, "temperature": 1.4, "top_p": 1.0, "min_p": 0.2},
+    ],
+)
+def test_draws_follow_the_distribution_that_is_specified(filters: dict[str, Any]) -> None:
+    """Chi-square over 20,000 draws, against the definition written out in float64."""
+    logits = torch.randn(25, generator=torch.Generator().manual_seed(1))
+    expected = specified(logits.double().tolist(), **filters)
+    sampling = SamplingConfig(**filters, repeat_penalty=0.0)
+    draws = Draws(sampling, torch.Generator().manual_seed(0))
+    counts = Counter(int(draws.next(logits).token) for _ in range(20_000))
+    assert counts.keys() <= expected.keys(), "nothing that was filtered out"
+    statistic = sum(
+        (counts[token] - 20_000 * p) ** 2 / (20_000 * p) for token, p in expected.items()
+    )
+    assert len(expected) > 2
+    freedom = len(expected) - 1
+    # Wilson and Hilferty, 1931: the cube root of a chi-square is nearly normal.
+    z = ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / (2 / (9 * freedom)) ** 0.5
+    assert abs(z) < 4
+
+
+def specified(
+    logits: list[float], *, top_k: int, temperature: float, top_p: float, min_p: float
+) -> dict[int, float]:
+    """The probabilities as the flags define them."""
+    kept = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or None]
+    weights = {i: math.exp(logits[i] / temperature) for i in kept}
+
+    def normalized() -> dict[int, float]:
+        total = sum(weights.values())
+        return {i: weight / total for i, weight in weights.items()}
+
+    below = 0.0
+    for place, (i, p) in enumerate(normalized().items()):
+        below += p
+        if place and below > top_p and top_p < 1.0:
+            weights.pop(i)
+    best = max(normalized().values())
+    for i, p in normalized().items():
+        if p < min_p * best:
+            weights.pop(i)
+    return normalized()
+
+
+def test_a_bias_is_added_to_its_tokens_alone() -> None:
+    logits = torch.zeros(6)
+    changed = add_bias(logits, {2: 1.5, 5: -100.0})
+    assert changed.tolist() == [0, 0, 1.5, 0, 0, -100]
+    assert logits.tolist() == [0] * 6
+    with pytest.raises(UsageError, match="--logit-bias names token 6, and the vocabulary ends"):
+        add_bias(logits, {6: 1.0})
+    forced = SamplingConfig(logit_bias="4:1000", max_tokens=5)
+    tokens = [int(c.token) for c in continuation(small_model(), [1, 2], forced)]
+    assert tokens == [4] * 5
+
+
+@pytest.mark.parametrize("bias", ["4", "4:", "x:1", "4:nan", "-1:3", "4:1;5:2", "4:inf"])
+def test_a_bias_that_cannot_be_meant_is_refused(bias: str) -> None:
+    with pytest.raises(UsageError, match="must be ID:BIAS pairs"):
+        SamplingConfig(logit_bias=bias)
+
+
+def test_a_seed_gives_the_same_tokens_again_and_another_seed_others() -> None:
+    model = small_model()
+
+    def drawn(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return [int(t) for t, _ in model.generate(PROMPT, max_tokens=20, generator=generator)]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+def test_over_two_thousand_tokens_a_full_cache_stays_as_it_is() -> None:
+    model, cache = small_model(), small_model().new_cache(64)
+    places = set()
+    for _ in model.generate(PROMPT, max_tokens=2000, context_length=64, cache=cache, compile="off"):
+        places.add(cache.memory.data_ptr())
+    assert len(places) == 1
+    assert cache.memory.size(4) == 64
+
+
+def test_a_cache_grows_with_what_it_holds_up_to_its_capacity() -> None:
+    model = small_model()
+    cache = model.new_cache(5000)
+    sizes = []
+    for length in (1, 511, 600, 2000, 3000, 4000):
+        model.predict(torch.zeros(1, length, dtype=torch.long), cache)
+        sizes.append(cache.num_allocated)
+    assert sizes == [512, 512, 1112, 3112, 5000, 5000]

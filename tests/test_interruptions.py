@@ -145,6 +145,7 @@ def moments(total: int, count: int) -> Iterator[int]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"deduplicate": True}], ids=["plain", "deduplicated"])
 def test_a_kill_at_any_write_flush_or_rename_changes_nothing(
     tmp_path: Path, more: dict[str, Any]
@@ -242,6 +243,7 @@ def test_processes_do_not_change_the_bytes(tmp_path: Path, undisturbed: dict[str
         assert tree(root) == undisturbed
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(
     tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:

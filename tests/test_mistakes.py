@@ -254,12 +254,12 @@ error: the data set changed since the run began: it was …
   next:  begin another run with --run-name
 
 $ nope pretrain --dataset second --run-name own --resume  [2]
-error: the tokenizer changed since the run began: it was …
+error: the tokenizer changed since the run began: fingerprint: it was …
   where: runs/own
   next:  begin another run with --run-name
 
 $ nope pretrain --resume --dataset text --num-hidden-layers 3  [2]
-error: the model changed since the run began: it was …
+error: the model changed since the run began: num_decoder_layers: it was 2, and is now 3
   where: runs/pretrain
   next:  begin another run with --run-name
 

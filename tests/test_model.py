@@ -109,15 +109,19 @@ def test_cached_logits_are_those_of_the_full_forward_for_every_chunking(
 @settings(max_examples=20, deadline=None)
 @given(
     capacity=st.integers(1, 12),
+    pinned=st.integers(0, 4),
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
 )
-def test_a_full_cache_is_sliding_window_attention(capacity: int, sizes: list[int]) -> None:
+def test_a_full_cache_is_sliding_window_attention_beside_the_pinned_tokens(
+    capacity: int, pinned: int, sizes: list[int]
+) -> None:
+    pinned = min(pinned, capacity - 1)
     model = NoPEGPT(**SETTINGS).eval()
     state = model.state_dict()
     tensors = {published: state[ours] for ours, published in published_names(3).items()}
     tokens = torch.randint(0, 61, (sum(sizes),), generator=torch.Generator().manual_seed(0))
-    cache = model.new_cache(capacity)
-    expected = forward(tensors, tokens, window=capacity, **HEADS)
+    cache = model.new_cache(capacity, pinned=pinned)
+    expected = forward(tensors, tokens, window=capacity, pinned=pinned, **HEADS)
     end = 0
     for size in sizes:
         logits = model.predict(tokens[None, end : end + size], cache)[0]

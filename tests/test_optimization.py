@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small import small_model
 
 from nope_gpt.config import PretrainConfig
 from nope_gpt.training.adafactor import Adafactor
 from nope_gpt.training.muon import Muon
+from nope_gpt.training.optimization import make_optimizers
 from nope_gpt.training.schedules import rate_fraction
 
 
@@ -28,6 +30,33 @@ def test_adafactor_moves_as_torchs_own(gradient_scale: float) -> None:
     for weight, twin in zip(ours, theirs, strict=True):
         torch.testing.assert_close(weight, twin, rtol=1e-5, atol=1e-6)
         assert one.state[weight].keys() == other.state[twin].keys()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_matrices_decay_and_the_embedding_and_the_norms_do_not(name: str) -> None:
+    model = small_model()
+    before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
+    config = PretrainConfig(optimizer=name, learning_rate=1e-2, weight_decay=0.5)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    for optimizer in make_optimizers(model, config, torch.float32):
+        optimizer.step()
+    for key, weight in model.named_parameters():
+        is_kept = "token_embeddings" in key or "norm" in key
+        expected = before[key] if is_kept else before[key] * (1 - 1e-2 * 0.5)
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_beside_muon_adamw_takes_three_tenths_of_its_rate() -> None:
+    model = small_model()
+    config = PretrainConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.0)
+    before = model.token_embeddings.weight.detach().clone()
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    for optimizer in make_optimizers(model, config, torch.float32):
+        optimizer.step()
+    moved = before - model.token_embeddings.weight.detach()
+    torch.testing.assert_close(moved, torch.full_like(moved, 3e-3), rtol=1e-3, atol=0)
 
 
 def test_wsd_holds_its_peak_until_the_decay_begins() -> None:

@@ -6,9 +6,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 Nope = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.mark.slow
 def test_quickstart_makes_a_model_and_goes_on_where_it_stopped(nope: Nope, tmp_path: Path) -> None:
     steps = ("quickstart", "--pretrain-steps", 2, "--tune-steps", 2)
     done = nope(*steps)

@@ -99,10 +99,11 @@ def test_two_ranks_are_one_in_loss_evaluation_and_checkpoint(
         f"--ddp-sharding-level={level}",
         "--num-eval-samples=20",
         "--sample-interval=3",
+        "--dropout=0.2",
         TORCH_DISTRIBUTED_DEBUG=detail,
     )
     assert code == 0, talk
-    small_run(dataset, tmp_path / "one", num_eval_samples=20)
+    small_run(dataset, tmp_path / "one", num_eval_samples=20, dropout=0.2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     norms = [
         [row["gradient_norm"] for row in rows(tmp_path / name) if "loss" in row]
@@ -188,28 +189,83 @@ def test_a_rank_that_fails_ends_the_run_with_its_number(
     assert said in talk
     assert time.monotonic() - begun < 60
     if fault == "memory":
-        assert "next: add --batch-size 2 --gradient-accumulation-steps 4" in talk
+        again = "next: the same command with --resume --batch-size 2 --gradient-accumulation"
+        assert again in talk
     goes_on(dataset, tmp_path)
 
 
 def test_a_rank_that_is_stopped_ends_the_run_with_its_number(dataset: Path, tmp_path: Path) -> None:
-    """R14: the others do not wait for it beyond the timeout."""
-    process = with_fault("stop", dataset, tmp_path)
-    lines: list[str] = []
-    assert process.stdout
-    for line in process.stdout:
-        lines.append(line)
-        if "rank 1 of 2 is gone or stopped" in line:
-            break
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
-    ).stdout.split()
-    for child in children:  # Torchrun would wait half a minute for the stopped one.
-        os.kill(int(child), signal.SIGKILL)
-    code, _ = ended(process)
+    """R14: neither the others nor torchrun wait for it beyond the timeout."""
+    begun = time.monotonic()
+    code, talk = ended(with_fault("stop", dataset, tmp_path))
     assert code != 0
-    assert "nothing has moved for 3 seconds: rank 1 of 2" in "".join(lines)
+    assert "nothing has moved for 3 seconds: rank 1 of 2 is gone or stopped" in talk
+    assert time.monotonic() - begun < 30, "torchrun alone would wait half a minute"
     goes_on(dataset, tmp_path)
+
+
+def long_run(dataset: Path, root: Path) -> subprocess.Popen[str]:
+    """`nope pretrain --gpus 2` that would go on for very long; returns when it trains."""
+    places = [f"--dataset-path={dataset}", f"--run-dir-path={root}", "--max-steps=1000000"]
+    process = subprocess.Popen(
+        [*(sys.executable, "-m", "nope_gpt.cli", "pretrain", *ARGUMENTS, *places), "--gpus=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    for _ in range(600):
+        if (root / "pretrain" / "checkpoints" / "step-3").is_dir():
+            return process
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(process.communicate()[0])
+
+
+def children_of(process: int) -> list[int]:
+    listing = subprocess.run(
+        ["pgrep", "-P", str(process)], capture_output=True, text=True, check=False
+    )
+    return [int(word) for word in listing.stdout.split()]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_to_the_launcher_ends_all_ranks_in_a_checkpoint(
+    dataset: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """R16."""
+    process = long_run(dataset, tmp_path)
+    process.send_signal(number)
+    returned, talk = ended(process)
+    assert returned == code, talk
+    assert "Traceback" not in talk
+    assert "by a signal, after saving a checkpoint" in talk
+    newest = newest_checkpoint(tmp_path / "pretrain" / "checkpoints")
+    assert int(newest.name.removeprefix("step-")) == len(losses(tmp_path))
+
+
+def test_a_signal_to_one_rank_ends_all_of_them_in_a_checkpoint(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """R16: what one hears all hear, or the others would wait for it."""
+    process = long_run(dataset, tmp_path)
+    os.kill(children_of(process.pid)[-1], signal.SIGTERM)
+    returned, talk = ended(process)
+    assert returned == 143, talk
+    newest = newest_checkpoint(tmp_path / "pretrain" / "checkpoints")
+    assert int(newest.name.removeprefix("step-")) == len(losses(tmp_path))
+
+
+def test_ranks_whose_launcher_was_killed_end_in_a_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    """R14: nobody is left to end them, and they would train on unseen."""
+    process = long_run(dataset, tmp_path)
+    process.kill()
+    talk, _ = process.communicate(timeout=60)  # Ends when the last rank lets go of the pipe.
+    assert "the process that started the ranks is gone" in talk
+    newest = newest_checkpoint(tmp_path / "pretrain" / "checkpoints")
+    assert int(newest.name.removeprefix("step-")) == len(losses(tmp_path))
 
 
 def test_gpus_starts_the_ranks_and_ends_as_they_end(dataset: Path, tmp_path: Path) -> None:

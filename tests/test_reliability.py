@@ -124,6 +124,7 @@ def in_child(body: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("before", [0, 3], ids=["the first save", "a save that prunes"])
 def test_a_kill_at_any_step_of_a_save_leaves_a_whole_checkpoint(
@@ -199,6 +200,7 @@ def steps_logged(root: Path) -> int:
     return log.read_text().count("\n") if log.is_file() else 0
 
 
+@pytest.mark.slow
 @posix
 def test_thirty_kills_at_random_moments_change_no_bit(dataset: Path, tmp_path: Path) -> None:
     """R1, of whole processes: most are killed while they train, some while they start."""

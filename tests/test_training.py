@@ -25,6 +25,7 @@ from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.locating import newest_checkpoint
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.checkpoints import prune
+from nope_gpt.training.loop import Trainer
 from nope_gpt.training.runs import stored_record
 from nope_gpt.training.schedules import rate_fraction
 
@@ -193,6 +194,63 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     else:
         file.unlink()
     assert newest_checkpoint(directory).name == "step-2"
+    again = small_run(dataset, tmp_path, max_steps=6, checkpoint_interval=2, resume=True)
+    assert [report.step for report in again.reports] == [3, 4, 5, 6]
+    assert len(again.notices) == 1
+    assert again.notices[0].startswith("passed over step-4: ")
+    kept = sorted(path.name for path in directory.glob("step-*"))
+    assert kept == ["step-2", "step-4", "step-4.damaged", "step-6"]
+
+
+def test_a_run_keeps_its_checkpoints_where_they_are(dataset: Path, tmp_path: Path) -> None:
+    """On a resume another --checkpoint-path would begin anew, or with those of another run."""
+    small_run(dataset, tmp_path, max_steps=1)
+    small_run(dataset, tmp_path, max_steps=1, run_name="other", seed=1)
+    for elsewhere in (tmp_path / "other" / "checkpoints", tmp_path / "empty"):
+        with pytest.raises(UsageError, match="the checkpoints of this run are in checkpoints,"):
+            small_run(dataset, tmp_path, checkpoint_path=str(elsewhere), resume=True)
+
+
+def test_a_run_is_not_resumed_to_end_before_where_it_is(dataset: Path, tmp_path: Path) -> None:
+    small_run(dataset, tmp_path, max_steps=4)
+    record = (tmp_path / "pretrain" / "run.json").read_text()
+    with pytest.raises(UsageError, match="has come to step 4, and is to end at step 2"):
+        small_run(dataset, tmp_path, max_steps=2, resume=True)
+    small_run(dataset, tmp_path, max_steps=4, learning_rate=0.5, resume=True)
+    assert (tmp_path / "pretrain" / "run.json").read_text() == record, "nothing was done with it"
+
+
+def test_non_finite_steps_count_in_a_row_only(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trainer.forward_backward
+    count = 0
+
+    def sometimes(self: Trainer, *arguments: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        loss = real(self, *arguments)
+        return loss * (float("nan") if count % 6 in (1, 3) else 1.0)
+
+    monkeypatch.setattr(Trainer, "forward_backward", sometimes)
+    done = small_run(dataset, tmp_path, max_steps=9, max_non_finite_steps=3)
+    assert len(done.reports) == 9
+    assert len(done.notices) == 6
+
+
+def test_dropout_silences_otherwise_at_every_step_and_place(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    real = Trainer.forward_backward
+
+    def noting(self: Trainer, *arguments: Any) -> torch.Tensor:
+        seeds.append(torch.initial_seed())
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "forward_backward", noting)
+    small_run(dataset, tmp_path, dropout=0.1, max_steps=4)
+    assert len(seeds) == len(set(seeds)) == 8
 
 
 def test_if_every_checkpoint_is_damaged_each_complaint_is_told(
@@ -259,7 +317,7 @@ def test_two_runs_never_share_their_checkpoints(dataset: Path, tmp_path: Path) -
     small_run(dataset, tmp_path / "a", max_steps=1, checkpoint_path=str(path))
     with pytest.raises(UsageError, match="there are checkpoints of another run here"):
         small_run(dataset, tmp_path / "b", max_steps=1, checkpoint_path=str(path))
-    assert [checkpoint.name for checkpoint in path.iterdir()] == ["step-1"]
+    assert [checkpoint.name for checkpoint in path.glob("step-*")] == ["step-1"]
 
 
 def empty_checkpoint(directory: Path, step: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import typer
@@ -20,6 +21,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+SPINS = "1000"
+"""How often a thread of torch's on Linux looks whether the others have come before it sleeps.
+By default it looks for milliseconds, and where another program wants its core as well, the
+one that all wait for does not get it: ten times as slow, hundreds of times a token."""
 
 MAKE = "Make a model"
 USE = "Use a model"
@@ -56,4 +62,6 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="replace")  # No character is worth an end half-way.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # Read when torch is imported.
     app(args=normalize(sys.argv[1:] if arguments is None else arguments), prog_name="nope")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nope_gpt.cli.options import JSON, argument, configured, option
 from nope_gpt.cli.terminal import result, say
 from nope_gpt.config import GenerateConfig
-from nope_gpt.errors import MissingError, NopeError
+from nope_gpt.errors import MissingError, NopeError, UsageError
+
+if TYPE_CHECKING:
+    from nope_gpt.model import NoPEGPT
+    from nope_gpt.tokenization import BaseTokenizer
 
 PROMPT = argument(
     "prompt",
@@ -18,13 +23,28 @@ PROMPT = argument(
     metavar="[PROMPT]",
 )
 PROMPT_FILE = option("prompt_file", str | None, "Read the prompt from a file.", metavar="FILE")
+INPUT = option(
+    "input",
+    str | None,
+    'Continue many prompts: a .jsonl file with {"prompt": ...} or {"messages": [...]} a line.',
+    metavar="FILE",
+)
+OUTPUT = option(
+    "output",
+    str | None,
+    "With --input: where each line goes with its `text`, in order. What is there of it already "
+    "is kept, and the rest done.",
+    metavar="FILE",
+)
 
 
-@configured(GenerateConfig, PROMPT, PROMPT_FILE, JSON)
+@configured(GenerateConfig, PROMPT, PROMPT_FILE, INPUT, OUTPUT, JSON)
 def command(
     config: GenerateConfig,
     prompt: str | None,
     prompt_file: str | None,
+    input: str | None,
+    output: str | None,
     json: bool,
 ) -> None:
     """Continue a text, streaming; without a prompt, begin one.
@@ -36,31 +56,149 @@ def command(
     - `nope generate "The garbage collector" --model runs/pretrain`
 
     - `cat question.txt | nope generate --model runs/pretrain --temperature 0`
-    """
-    text = read_prompt(prompt, prompt_file)
-    from nope_gpt.chat import TextStream
-    from nope_gpt.cli.loading import open_model
-    from nope_gpt.cli.writing import write_stream
 
+    - `nope generate --input prompts.jsonl --output texts.jsonl --model runs/pretrain`
+    """
+    refuse_contradictions(config, input, output, prompt or prompt_file, json)
+    from nope_gpt.cli.loading import open_model
+
+    if input is not None:
+        from nope_gpt.cli.many import answer_file
+
+        answer_file(config, Path(input), Path(str(output)), as_json=json)
+        return
+    text = read_prompt(prompt, prompt_file)
     model, tokenizer = open_model(config, "generate")
     tokens = tokenizer.tokenize(text) or [tokenizer.end_of_text]
     if len(tokens) > config.context_length:
+        pinned = f"the first {config.pin_tokens:,} and " if config.pin_tokens else ""
         say(
-            f"note: the prompt has {len(tokens):,} tokens, and only the last "
-            f"{config.context_length:,} are read (--context-length)"
+            f"note: the prompt has {len(tokens):,} tokens, and only {pinned}the last "
+            f"{config.context_length - config.pin_tokens:,} are read (--context-length)"
         )
-    stream = TextStream(model, tokenizer, tokens, config)
+    if config.num_beams > 1:
+        write_beams(config, model, tokenizer, text, tokens, as_json=json)
+    elif config.num_samples > 1:
+        write_samples(config, model, tokenizer, text, tokens, as_json=json)
+    else:
+        write_one(config, model, tokenizer, text, tokens, as_json=json)
+
+
+def refuse_contradictions(
+    config: GenerateConfig,
+    input: str | None,
+    output: str | None,
+    prompt: str | None,
+    as_json: bool,
+) -> None:
+    """Refuse flags that ask for different things.
+
+    Raises:
+        UsageError: Names them.
+    """
+    if (input is None) != (output is None):
+        given, missing = ("--input", "--output") if output is None else ("--output", "--input")
+        raise UsageError(f"{given} needs {missing}", hint="give both, or neither")
+    if input is not None and prompt is not None:
+        raise UsageError("there is a prompt and --input", hint="give one of them")
+    if config.log_probabilities is not None and not as_json:
+        raise UsageError("--log-probabilities are printed with --json alone", hint="add --json")
+    one = config.num_beams > 1 or config.log_probabilities is not None or config.colorize_tokens
+    if one and (config.num_samples > 1 or input is not None):
+        raise UsageError(
+            "--num-beams, --log-probabilities and --colorize-tokens are for one continuation",
+            hint="leave out --num-samples and --input",
+        )
+
+
+def write_one(
+    config: GenerateConfig,
+    model: NoPEGPT,
+    tokenizer: BaseTokenizer,
+    prompt: str,
+    tokens: list[int],
+    *,
+    as_json: bool,
+) -> None:
+    """Stream one continuation."""
+    from nope_gpt.cli.writing import write_stream
+    from nope_gpt.streaming import TextStream
+
+    stream = TextStream(
+        model, tokenizer, tokens, config, log_probabilities=config.log_probabilities
+    )
     try:
-        if json:
-            written = "".join(piece.text for piece in stream)
-            value = {"prompt": text, "text": written, **vars(stream.statistics)}
-            result(written, value, as_json=True)
+        if as_json:
+            text = "".join(piece.text for piece in stream)
+            value = {"prompt": prompt, "text": text, **stream.statistics.as_dict()}
+            if config.log_probabilities is not None:
+                value["tokens"] = stream.scores
+            result(text, value, as_json=True)
         else:
             write_stream(stream, config.colorize_tokens)
             sys.stdout.write("\n")
     finally:
-        if not json:
+        if not as_json:
             say(str(stream.statistics), style="dim")
+
+
+def write_samples(
+    config: GenerateConfig,
+    model: NoPEGPT,
+    tokenizer: BaseTokenizer,
+    prompt: str,
+    tokens: list[int],
+    *,
+    as_json: bool,
+) -> None:
+    """Print several continuations of one prompt, side by side in a batch."""
+    from nope_gpt.batching import Request, answers
+    from nope_gpt.cli.loading import seed_for
+
+    requests = [Request(tokens, seed_for(config, 0, i)) for i in range(config.num_samples)]
+    samples: list[dict[str, Any]] = []
+    for answer in answers(model, tokenizer, requests, config, config.batch_size):
+        samples.append({"text": answer.text, "tokens": answer.new_tokens, "reason": answer.reason})
+        if not as_json:
+            say(f"sample {answer.index + 1} of {config.num_samples}", style="dim")
+            print(answer.text, flush=True)
+    if as_json:
+        result("", {"prompt": prompt, "samples": samples}, as_json=True)
+
+
+def write_beams(
+    config: GenerateConfig,
+    model: NoPEGPT,
+    tokenizer: BaseTokenizer,
+    prompt: str,
+    tokens: list[int],
+    *,
+    as_json: bool,
+) -> None:
+    """Print the likeliest continuation that beams can find."""
+    from nope_gpt.beams import beam_search
+
+    found = beam_search(
+        model,
+        tokens,
+        config,
+        num_beams=config.num_beams,
+        length_penalty=config.length_penalty,
+        stop_tokens=frozenset(tokenizer.stop_tokens),
+    )
+    texts = [
+        tokenizer.decode_tokens([t for t in item.tokens if t not in tokenizer.stop_tokens])
+        for item in found
+    ]
+    value = {
+        "prompt": prompt,
+        "text": texts[0],
+        "hypotheses": [
+            {"text": text, "log_probability": item.log_probability, "score": item.score}
+            for text, item in zip(texts, found, strict=True)
+        ],
+    }
+    result(texts[0], value, as_json)
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:

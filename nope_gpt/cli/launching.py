@@ -30,10 +30,12 @@ def launch(config: TrainingConfig, count: int) -> None:
         UsageError: There are too few GPUs, the ranks could not do what is asked, or torchrun
             has started ranks already.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from nope_gpt.device import Ranks, refuse_missing_gpus
+    from nope_gpt.signals import ENDING, exit_code_of
     from nope_gpt.training.distribution import refuse_impossible
 
     if "WORLD_SIZE" in os.environ:
@@ -42,6 +44,8 @@ def launch(config: TrainingConfig, count: int) -> None:
     refuse_impossible(config, Ranks(rank=0, local_rank=0, world_size=count))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+    # Ranks that are asked to end save a checkpoint first, however large it is.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     ranks = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -50,10 +54,13 @@ def launch(config: TrainingConfig, count: int) -> None:
         rdzv_endpoint="localhost:0",
         run_id="nope",
         max_restarts=0,
+        signals_to_handle=",".join(number.name for number in ENDING),
     )
     command = [sys.executable, "-u", "-m", "nope_gpt.cli", *without_gpus(sys.argv[1:])]
     try:
         elastic_launch(ranks, entrypoint=command[0])(*command[1:])
+    except SignalException as error:
+        sys.exit(exit_code_of(error.sigval))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from nope_gpt import hub
 from nope_gpt.cli.terminal import say, waiting
-from nope_gpt.config import SamplingConfig
-from nope_gpt.device import draw_seed, resolve_device
+from nope_gpt.config import GenerateConfig, SamplingConfig
+from nope_gpt.device import draw_seed, has_bfloat16, resolve_device, seed_of
 from nope_gpt.errors import UsageError
 from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
@@ -27,8 +29,8 @@ def open_model(config: SamplingConfig, command: str) -> tuple[NoPEGPT, BaseToken
         )
     device = resolve_device(config.device)
     with waiting(f"loading {config.model}"):
-        directory = locate(config.model)
-        model = NoPEGPT.from_saved(hub.load(directory)).to(device)
+        directory = locate(config.model, partial(say, style="yellow"))
+        model = in_dtype(NoPEGPT.from_saved(hub.load(directory)), config.dtype, device).to(device)
         tokenizer = tokenizer_of(BaseTokenizer.load(directory), model.vocabulary_size)
     torch.manual_seed(draw_seed() if config.seed is None else config.seed)
     length = model.trained_context_length
@@ -39,3 +41,16 @@ def open_model(config: SamplingConfig, command: str) -> tuple[NoPEGPT, BaseToken
             style="dim",
         )
     return model, tokenizer
+
+
+def in_dtype(model: NoPEGPT, name: str, device: torch.device) -> NoPEGPT:
+    """A model in the dtype that --dtype names; the integers are of the stored weights."""
+    half = torch.bfloat16 if has_bfloat16(device) else torch.float32
+    if name == "int8":
+        return model.quantize(half)
+    return model.to({"auto": half, "float32": torch.float32, "bfloat16": torch.bfloat16}[name])
+
+
+def seed_for(config: GenerateConfig, prompt: int, sample: int) -> int:
+    """The seed of one continuation of one of several prompts, drawn if none was given."""
+    return draw_seed() if config.seed is None else seed_of(config.seed, prompt, sample)

@@ -16,9 +16,12 @@ import typer
 from nope_gpt.cli.terminal import fail
 from nope_gpt.config import PRESETS
 from nope_gpt.errors import Interrupted, NopeError, UsageError
-from nope_gpt.knobs import Knobs, flag_of, kind_of, known_fields, read_settings, resolve
+from nope_gpt.knobs import TEXTS, Knobs, flag_of, kind_of, known_fields, read_settings, resolve
 
 C = TypeVar("C", bound=Knobs)
+
+Layers = list[tuple[str, Mapping[str, Any]]]
+"""Settings, weakest first, each with where they come from."""
 
 LATEST = "latest"
 """What a bare --resume means."""
@@ -77,7 +80,7 @@ def configured(
 
     The command is called with the resolved config and the arguments of its own. Only
     what was typed counts as a flag, so that a file or preset can set the rest; a resumed
-    run's stored settings come before all of them.
+    run's stored settings come after a preset and before a file.
 
     Args:
         config_type: The command's settings.
@@ -92,15 +95,16 @@ def configured(
         @functools.wraps(body)
         def command(**values: Any) -> None:
             with friendly():
-                layers = layers_from(values, presets)
+                base, layers = preset_layers(values, presets), file_layers(values)
                 names = [field.name for field in dataclasses.fields(config_type)]
                 flags = {name: values.pop(name) for name in names}
-                given = {name: value for name, value in flags.items() if value is not None}
+                given = {name: value for name, value in flags.items() if value not in (None, [])}
                 layers.append(("the command line", given))
                 if RESUME in arguments:
                     chosen = values["resume"]
-                    values["resume"], stored = resumption(config_type, layers, chosen)
-                    layers = stored + layers
+                    values["resume"], stored = resumption(config_type, base + layers, chosen)
+                    base += stored
+                layers = base + layers
                 body(resolve(config_type, layers), **values)
 
         command.__signature__ = inspect.Signature([*own, *knobs])  # type: ignore[attr-defined]
@@ -110,25 +114,23 @@ def configured(
     return decorate
 
 
-def layers_from(
-    values: dict[str, Any], presets: Mapping[str, Mapping[str, Any]]
-) -> list[tuple[str, Mapping[str, Any]]]:
-    """The preset and the settings file that were asked for, weakest first."""
-    layers: list[tuple[str, Mapping[str, Any]]] = []
+def preset_layers(values: dict[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> Layers:
+    """The preset that was asked for, if one was."""
     preset = values.pop("preset", None)
+    if preset is None:
+        return []
+    if preset not in presets:
+        raise UsageError(f"--preset is {preset!r}, and must be one of {', '.join(presets)}")
+    return [(f"--preset {preset}", presets[preset])]
+
+
+def file_layers(values: dict[str, Any]) -> Layers:
+    """The settings file that was asked for, if one was."""
     path = values.pop("config", None)
-    if preset is not None:
-        if preset not in presets:
-            raise UsageError(f"--preset is {preset!r}, and must be one of {', '.join(presets)}")
-        layers.append((f"--preset {preset}", presets[preset]))
-    if path is not None:
-        layers.append((f"--config {path}", read_settings(Path(path))))
-    return layers
+    return [] if path is None else [(f"--config {path}", read_settings(Path(path)))]
 
 
-def resumption(
-    config_type: Any, layers: list[tuple[str, Mapping[str, Any]]], chosen: str | None
-) -> tuple[bool | Path, list[tuple[str, Mapping[str, Any]]]]:
+def resumption(config_type: Any, layers: Layers, chosen: str | None) -> tuple[bool | Path, Layers]:
     """What --resume means: what to go on from, and the settings it was begun with.
 
     Args:
@@ -224,6 +226,8 @@ def parameter_of(config_type: type, field: dataclasses.Field[Any]) -> inspect.Pa
     kind, _ = kind_of(config_type, field.name)
     limits = field.metadata["limits"]
     shown = field.metadata["shown_default"] or (kind is not bool and str(field.default))
+    if kind == TEXTS:
+        kind, shown = list[str], "none"
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,

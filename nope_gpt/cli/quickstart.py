@@ -144,9 +144,9 @@ def export(root: Path, tuned: Path) -> Path:
 
 def ask(base: Path, config: QuickstartConfig) -> None:
     """A sample of the base model's prose, and what it makes of the question."""
-    from nope_gpt.chat import TextStream
     from nope_gpt.cli.loading import open_model
     from nope_gpt.cli.writing import write_stream
+    from nope_gpt.streaming import TextStream
 
     settings = GenerateConfig(model=str(base), max_tokens=80, temperature=0.6, seed=config.seed)
     model, tokenizer = open_model(settings, "generate")

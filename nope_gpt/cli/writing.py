@@ -9,7 +9,7 @@ from rich.color import Color, ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-from nope_gpt.chat import Piece
+from nope_gpt.streaming import Piece
 
 COLOR_SYSTEMS = {
     "standard": ColorSystem.STANDARD,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nope_gpt.artifacts import FORMAT_VERSION, publish, read_manifest, write_json, write_tensors
 from nope_gpt.errors import CapacityError, MissingError, NopeError
-from nope_gpt.locating import checkpoints_in, newest_checkpoint, step_of
+from nope_gpt.locating import Tell, checkpoints_in, newest_checkpoint, step_of, untold
 from nope_gpt.sizing import format_bytes
 
 OPTIMIZER = "optimizer.safetensors"
@@ -183,15 +183,28 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def newest(directory: Path) -> Path | None:
+def newest(directory: Path, tell: Tell = untold) -> Path | None:
     """The newest valid checkpoint, or None where there is none at all.
+
+    Args:
+        directory: Of the checkpoints.
+        tell: Told of newer ones that are damaged.
 
     Raises:
         MissingError: There are some, and all are damaged.
     """
     if not checkpoints_in(directory):
         return None
-    return newest_checkpoint(directory)
+    return newest_checkpoint(directory, tell)
+
+
+def set_aside(directory: Path, newest: Path) -> None:
+    """Give checkpoints beyond the newest valid one a name that counts no more."""
+    for path in checkpoints_in(directory):
+        if step_of(path) > step_of(newest):
+            place = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(place, ignore_errors=True)
+            path.rename(place)
 
 
 def read_progress(checkpoint: Path) -> Progress:

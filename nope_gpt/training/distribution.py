@@ -82,12 +82,15 @@ def refuse_impossible(config: TrainingConfig, ranks: Ranks) -> None:
         raise UsageError("--hybrid-sharding shards, and --ddp-sharding-level 0 does not")
     micro_batches = config.gradient_accumulation_steps
     if micro_batches % ranks.world_size:
+        flag, size, what = "--gradient-accumulation-steps", 1, f"{micro_batches}, which"
+        if tokens := getattr(config, "tokens_per_step", None):
+            flag, size = "--tokens-per-step", tokens // micro_batches
+            what = f"{tokens:,}, or {micro_batches} batches, which"
         below = micro_batches // ranks.world_size * ranks.world_size
-        near = [str(count) for count in (below, below + ranks.world_size) if count]
+        near = [str(size * count) for count in (below, below + ranks.world_size) if count]
         raise UsageError(
-            f"--gradient-accumulation-steps is {micro_batches}, which {ranks.world_size} ranks "
-            f"cannot share evenly",
-            hint=f"--gradient-accumulation-steps {' or '.join(near)}",
+            f"{flag} is {what} {ranks.world_size} ranks cannot share evenly",
+            hint=f"{flag} {' or '.join(near)}",
         )
 
 

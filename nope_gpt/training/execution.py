@@ -10,7 +10,6 @@ from nope_gpt.device import peak_flops
 from nope_gpt.training import distribution
 from nope_gpt.training.checkpoints import read_progress
 from nope_gpt.training.loop import Job, Trainer
-from nope_gpt.training.planning import explaining_memory
 from nope_gpt.training.reporting import Listener, Plan, RunLog
 from nope_gpt.training.runs import Launch, Run
 
@@ -26,7 +25,6 @@ def execute(
     """Train, and tell the listeners of the first rank.
 
     Raises:
-        CapacityError: The memory is too small; with the figures and what to change.
         Interrupted: A signal ended the run, after a checkpoint.
         NopeError: The loss is no longer a finite number, or a rank is gone.
     """
@@ -34,7 +32,10 @@ def execute(
     plan = plan_of(job, config, run, launch, facts)
     log: Listener = RunLog(run.path, config.as_dict())
     listeners = [log, *listeners] if launch.ranks.is_first else []
-    with told(plan, listeners), explaining_memory(config, job.model.config, job.precision):
+    with told(plan, listeners):
+        for listener in listeners:
+            for complaint in run.passed_over:
+                listener.noticed(complaint)
         peak = peak and peak * launch.ranks.world_size
         Trainer(job, config, run, launch, listeners, peak_flops=peak).train()
 

@@ -220,10 +220,12 @@ class Trainer:
             f"{norm:.4g}{done} (samples {shown})"
         )
         if verdict == Verdict.NOT_FINITE and self.not_finite + 1 >= most:
+            sound = "resume with a lower --learning-rate: the last checkpoint is sound"
+            begin = f"begin another run, --run-name {self.config.run_name}-2, with a lower one"
             raise NopeError(
                 f"{what}, {most} times in a row",
                 where=str(self.run.path),
-                hint="resume with a lower --learning-rate: the last checkpoint is sound",
+                hint=sound if self.last_saved > 0 else f"{begin}: --learning-rate",
             )
         self.tell("noticed", what)
 
@@ -269,8 +271,12 @@ class Trainer:
             self.interrupted,
         )
         total, count = self.sum_over_ranks(total), int(self.sum_over_ranks(count))
-        if count and not self.stop_signal:
+        if self.stop_signal:
+            return
+        if count:
             self.tell("evaluated", EvaluationReport(self.progress.step, total / count, count))
+        else:
+            self.tell("noticed", "the data set has no hold-out, so there is nothing to evaluate on")
 
     def show_sample(self, sampler: Sampler) -> None:
         """Let the model continue a text; all ranks compute, the first one tells."""

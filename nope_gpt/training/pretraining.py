@@ -13,13 +13,19 @@ from nope_gpt.config import ModelConfig, ModelShape, PretrainConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
-from nope_gpt.device import peak_flops, resolve_device, resolve_precision
+from nope_gpt.device import Ranks, peak_flops, resolve_device, resolve_precision
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.compilation import compile_blocks
+from nope_gpt.training.distribution import refuse_impossible
 from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
-from nope_gpt.training.planning import EXPECTED_UTILIZATION, DryRun, memory_plan
+from nope_gpt.training.planning import (
+    EXPECTED_UTILIZATION,
+    DryRun,
+    explaining_memory,
+    memory_plan,
+)
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import Resume, begun, launched
 from nope_gpt.training.sampling import Sampler
@@ -42,7 +48,11 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: Resum
     """
     with launched(config) as (config, launch):
         task = Pretraining.of(config)
-        with begun(config, task.facts, resume, launch.ranks) as run:
+        precision = resolve_precision(config.precision, launch.device)
+        with (
+            begun(config, task.facts, resume, launch.ranks, config.max_steps) as run,
+            explaining_memory(config, task.model_config, precision),
+        ):
             job = task.job(launch.device)
             execute(job, config, run, launch, listeners, task.told)
     return run.path
@@ -54,12 +64,13 @@ def dry_run(config: PretrainConfig, ranks: int = 1) -> DryRun:
     Raises:
         NopeError: The data, the settings or the machine do not allow it.
     """
+    refuse_impossible(config, Ranks(rank=0, local_rank=0, world_size=ranks))
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     task = Pretraining.of(config)
     peak = peak_flops(device, precision)
     flops = task.flops_per_token * task.tokens_per_step * config.max_steps
-    memory = memory_plan(config, task.model_config, precision)
+    memory = memory_plan(config, task.model_config, precision, ranks)
     return DryRun(
         parameters=sizing.count_parameters(task.model_config).total,
         tokens_per_step=task.tokens_per_step,
@@ -117,6 +128,7 @@ class Pretraining:
             "tokens per sample": self.config.tokens_per_sample,
             "samples per step": self.batches.samples_per_step,
             "optimizer": self.config.optimizer,
+            "document masking": self.config.document_masking,
             "seed": self.config.seed,
         }
 

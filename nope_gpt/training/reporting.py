@@ -174,8 +174,13 @@ class RunLog(Listener):
         self.writer.add_scalar("Perplexity", report.perplexity, report.step)
 
     def write(self, row: dict[str, float | None]) -> None:
+        """Write a line; JSON has no word for what is no finite number but null."""
+        finite = {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in row.items()
+        }
         with writing(self.path):
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.file.flush()
 
     def ended(self) -> None:

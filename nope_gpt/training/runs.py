@@ -47,12 +47,14 @@ class Run:
         checkpoint_path: The directory of its checkpoints.
         resumed_from: The checkpoint to go on from, or None to begin.
         record: What run.json says.
+        passed_over: Newer checkpoints that are damaged, and what is wrong with them.
     """
 
     path: Path
     checkpoint_path: Path
     resumed_from: Path | None
     record: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
 
 
 def run_path(root: str, name: str) -> Path:
@@ -102,17 +104,18 @@ def stored_record(path: Path, command: str) -> dict[str, Any]:
     return record
 
 
-def open_run(config: TrainingConfig, facts: dict[str, Any], resume: Resume) -> Run:
+def open_run(config: TrainingConfig, facts: dict[str, Any], resume: Resume, num_steps: int) -> Run:
     """Begin a run, or go on with one.
 
     Args:
         config: Resolved, its seed included.
         facts: What must not change while the run goes on: model, tokenizer, data.
         resume: Go on from the newest valid checkpoint, if there is one, or from this one.
+        num_steps: Where it is to end.
 
     Raises:
         UsageError: The run exists and is not to be resumed, or its facts changed, or it is
-            farther than the checkpoint to go on from.
+            farther than the checkpoint to go on from or than its end.
     """
     path, stored = check_run(config, facts, resume)
     record = {
@@ -123,14 +126,24 @@ def open_run(config: TrainingConfig, facts: dict[str, Any], resume: Resume) -> R
         "facts": facts,
     }
     directory = path / checkpoint_path(config)
-    chosen = checkpoints.newest(directory) if stored else None
+    passed_over: list[str] = []
+    chosen = checkpoints.newest(directory, passed_over.append) if stored else None
     if isinstance(resume, Path):
         refuse_future(chosen, resume, config)
         chosen = resume
+    if chosen and step_of(chosen) > num_steps:
+        raise UsageError(
+            f"the run has come to step {step_of(chosen)}, and is to end at step {num_steps}",
+            where=str(path),
+            hint="raise --max-steps, or leave it out",
+        )
+    if chosen and passed_over:
+        checkpoints.set_aside(directory, chosen)
     for leftover in filter(is_leftover, directory.glob("step-*")):
         shutil.rmtree(leftover, ignore_errors=True)
-    write_json(path / RUN, record)
-    return Run(path, directory, chosen, record)
+    if chosen is None or step_of(chosen) < num_steps:
+        write_json(path / RUN, record)
+    return Run(path, directory, chosen, record, tuple(passed_over))
 
 
 def refuse_future(newest: Path | None, chosen: Path, config: TrainingConfig) -> None:
@@ -168,6 +181,13 @@ def check_run(
         )
     if stored:
         check_facts(stored.get("facts", {}), facts, path)
+        if stored.get("checkpoints") != str(checkpoint_path(config)):
+            raise UsageError(
+                f"the checkpoints of this run are in {stored.get('checkpoints')}, and not in "
+                f"{checkpoint_path(config)}",
+                where=str(path),
+                hint="leave --checkpoint-path out",
+            )
     directory = path / checkpoint_path(config)
     if not stored and checkpoints_in(directory):
         raise UsageError(
@@ -241,7 +261,11 @@ def launched(config: C) -> Iterator[tuple[C, Launch]]:
 
 @contextmanager
 def begun(
-    config: TrainingConfig, facts: dict[str, Any], resume: Resume, ranks: Ranks
+    config: TrainingConfig,
+    facts: dict[str, Any],
+    resume: Resume,
+    ranks: Ranks,
+    num_steps: int,
 ) -> Iterator[Run]:
     """Open the run on the first rank, which alone writes, and tell the others.
 
@@ -253,7 +277,9 @@ def begun(
             try:
                 path, _ = check_run(config, facts, resume)
                 stack.enter_context(locked(path))
-                outcome = open_run(config, facts, resume)
+                if config.checkpoint_path is not None:
+                    stack.enter_context(locked(path / checkpoint_path(config)))
+                outcome = open_run(config, facts, resume, num_steps)
             except NopeError as error:
                 outcome = error
         outcome = distribution.shared(outcome)
@@ -294,8 +320,16 @@ def check_facts(before: dict[str, Any], now: dict[str, Any], path: Path) -> None
     for name, value in now.items():
         if before.get(name) != value:
             raise UsageError(
-                f"the {name} changed since the run began: it was {before.get(name)}, "
-                f"and is now {value}",
+                f"the {name} changed since the run began: {difference(before.get(name), value)}",
                 where=str(path),
                 hint="begin another run with --run-name",
             )
+
+
+def difference(before: Any, now: Any) -> str:
+    """What is not as it was, in words; of tables only the entries that differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return "; ".join(f"{key}: {difference(before.get(key), now.get(key))}" for key in keys)
+    shown = [text[:12] if len(text) == 64 else text for text in map(str, (before, now))]
+    return "it was {}, and is now {}".format(*shown)

@@ -8,10 +8,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from nope_gpt import generation
 from nope_gpt.config import SamplingConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.device import seed_of
+from nope_gpt.sampling import Draws
 from nope_gpt.tokenization import BaseTokenizer
 
 PROMPT_TOKENS = 16
@@ -46,21 +46,14 @@ class Sampler:
         plain call alone.
         """
         device = next(network.parameters()).device
-        seen = torch.empty(0, dtype=torch.long, device=device)
-
-        def predict(tokens: Tensor) -> Tensor:
-            nonlocal seen
-            seen = torch.cat([seen, tokens])
-            logits: Tensor = network(seen.unsqueeze(0))[0, -1]
-            return logits
-
-        config = SamplingConfig(max_tokens=SAMPLE_TOKENS)
         generator = torch.Generator(device).manual_seed(seed_of(self.seed, step))
-        drawn: list[Tensor] = []
+        draws = Draws(SamplingConfig(), generator)
+        ids = self.prompt.tolist()
         with torch.compiler.set_stance("force_eager"):
-            for token, _ in generation.generate(predict, self.prompt.to(device), config, generator):
-                if int(token) in self.tokenizer.stop_tokens:
+            for _ in range(SAMPLE_TOKENS):
+                logits = network(torch.tensor([ids], device=device))[0, -1]
+                token = int(draws.next(logits).token)
+                if token in self.tokenizer.stop_tokens:
                     break
-                drawn.append(token)
-        ids = [*self.prompt.tolist(), *(int(token) for token in drawn)]
+                ids.append(token)
         return self.tokenizer.decode_tokens(ids)

@@ -21,6 +21,7 @@ from nope_gpt.tokenization import ChatTokenizer
 from nope_gpt.training import checkpoints
 from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
+from nope_gpt.training.planning import explaining_memory
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import Resume, begun, launched
 
@@ -74,7 +75,11 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: Resume = Fals
             "trained": f"{model.num_trainable_params:,} parameters: adapters of rank "
             f"{config.rank} and the token embedding",
         }
-        with begun(config, facts, resume, launch.ranks) as run:
+        precision = resolve_precision(config.precision, launch.device)
+        with (
+            begun(config, facts, resume, launch.ranks, num_steps(config, batches)) as run,
+            explaining_memory(config, model.config, precision),
+        ):
             job = make_job(model.to(launch.device), tokenizer, batches, config)
             execute(job, config, run, launch, listeners, told)
     return run.path
@@ -126,6 +131,12 @@ def make_model(base: Path, tokenizer: ChatTokenizer, config: TuneConfig) -> NoPE
     return model
 
 
+def num_steps(config: TuneConfig, batches: ChatBatches) -> int:
+    """Updates of the weights in all."""
+    every = config.num_epochs * batches.steps_per_epoch
+    return min(every, config.max_steps or every)
+
+
 def make_job(
     model: NoPEGPT, tokenizer: ChatTokenizer, batches: ChatBatches, config: TuneConfig
 ) -> Job:
@@ -140,11 +151,10 @@ def make_job(
         adapter = {name: weights[name] for name in sorted(trained)}
         write_tensors(directory / checkpoints.ADAPTER, adapter)
 
-    num_steps = config.num_epochs * batches.steps_per_epoch
     return Job(
         model=model,
         batches=batches,
-        num_steps=min(num_steps, config.max_steps or num_steps),
+        num_steps=num_steps(config, batches),
         eval_interval=config.eval_interval * batches.steps_per_epoch,
         checkpoint_interval=config.checkpoint_interval * batches.steps_per_epoch,
         precision=resolve_precision(config.precision, model.device),

@@ -8,11 +8,13 @@ process lives, and what the training loop has done.
 from __future__ import annotations
 
 import os
+import platform
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -48,6 +50,8 @@ class Watchdog:
         return cls(None, Ranks(0, 0, 1), 0.0)
 
     def __enter__(self) -> Self:
+        assert self.store is not None
+        self.store.set(f"place/{self.ranks.rank}", f"{platform.node()} {os.getpid()}")
         self.beat()
         self.thread.start()
         return self
@@ -60,7 +64,8 @@ class Watchdog:
     ) -> None:
         self.is_over.set()
         if kind is not None and self.store is not None:
-            self.store.add(f"failed/{self.ranks.rank}", 1)
+            with suppress(RuntimeError):  # The store is gone with the process that held it.
+                self.store.add(f"failed/{self.ranks.rank}", 1)
 
     def beat(self) -> None:
         """Note that the training loop has done something."""
@@ -76,14 +81,31 @@ class Watchdog:
         self.told = beats
 
     def watch(self) -> None:
-        """Count for this process; end it when the training loop stands still."""
-        while not self.is_over.wait(self.interval):
-            self.tell()
-            if time.monotonic() - self.last > self.timeout:
-                error = self.verdict(f"nothing has moved for {self.timeout:g} seconds")
-                # The training loop waits in an operation that no exception reaches.
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                os._exit(error.exit_code)
+        """Count for this process; end it when the training loop stands still, or its launcher
+        is gone.
+        """
+        try:
+            while not self.is_over.wait(self.interval):
+                self.tell()
+                if time.monotonic() - self.last > self.timeout:
+                    self.end(self.verdict(f"nothing has moved for {self.timeout:g} seconds"))
+        except RuntimeError:
+            if self.is_over.is_set():
+                return
+            lost = NopeError("the process that started the ranks is gone", where=self.name)
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)  # The training loop ends in a checkpoint.
+            if not self.is_over.wait(self.timeout):
+                self.end(lost)
+
+    def end(self, error: NopeError) -> None:
+        """End the process: the training loop waits in an operation that no exception reaches."""
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.ranks.rank}"
 
     def verdict(self, what: str) -> NopeError:
         """Name the ranks that failed, are gone or stand still."""
@@ -96,6 +118,7 @@ class Watchdog:
         silent = [rank for rank in others if self.count("alive", rank) == before[rank]]
         work = {rank: self.count("done", rank) for rank in (*others, self.ranks.rank)}
         behind = [rank for rank, count in work.items() if count < max(work.values())]
+        self.end_silent(silent)
         for ranks, state in (
             (failed, "failed"),
             (silent, "is gone or stopped"),
@@ -107,9 +130,20 @@ class Watchdog:
                 break
         return NopeError(
             what,
-            where=f"rank {self.ranks.rank}",
+            where=self.name,
             hint="the same command with --resume goes on from the last checkpoint",
         )
+
+    def end_silent(self, ranks: list[int]) -> None:
+        """End those of this machine that are stopped, since they hear no other signal: what
+        started them would wait for them in vain.
+        """
+        assert self.store is not None
+        for rank in ranks:
+            host, _, process = self.store.get(f"place/{rank}").decode().rpartition(" ")
+            if host == platform.node() and hasattr(signal, "SIGKILL"):
+                with suppress(OSError):
+                    os.kill(int(process), signal.SIGKILL)
 
     def count(self, name: str, rank: int) -> int:
         assert self.store is not None

@@ -1,0 +1,99 @@
+"""Beam search: the likeliest continuation, as far as some hypotheses side by side can tell.
+
+Shapes: N hypotheses, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nope_gpt.config import SamplingConfig
+from nope_gpt.generation import LanguageModel, cache_for, checked, within_context
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A continuation.
+
+    Attributes:
+        tokens: Its ids, the stop token included, if it came to one.
+        log_probability: Of all of it, in nats.
+        score: The log-probability over a power of the number of tokens.
+        is_finished: Whether it came to a stop token.
+    """
+
+    tokens: list[int]
+    log_probability: float
+    score: float
+    is_finished: bool
+
+
+def beam_search(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    num_beams: int,
+    length_penalty: float = 1.0,
+    stop_tokens: Sequence[int] | frozenset[int] = (),
+) -> list[Hypothesis]:
+    """Search for the continuations with the best scores.
+
+    A score is the log-probability divided by tokens ** length_penalty (Wu et al., 2016,
+    without its constants). The search ends when no hypothesis that goes on can still come
+    among the best: its score at most is that of its log-probability now, over the power of
+    the greatest length.
+
+    Args:
+        model: Predicts.
+        prompt: Token ids, at least one.
+        sampling: How many tokens at most, and how far the model looks back.
+        num_beams: N, and how many are returned at most.
+        length_penalty: At least 0, for the plain log-probability; 1 for the mean.
+        stop_tokens: What finishes a hypothesis.
+
+    Returns:
+        The best first.
+    """
+    kept = within_context(checked(prompt, model.vocabulary_size), sampling)
+    cache = cache_for(model, len(kept), sampling, num_beams)
+    logits = model.predict(torch.tensor([kept], device=model.device), cache, [0])
+    live: list[tuple[list[int], float]] = [([], 0.0)]
+    finished: list[Hypothesis] = []
+
+    def hypothesis(tokens: list[int], total: float, *, is_finished: bool) -> Hypothesis:
+        score = total / len(tokens) ** length_penalty
+        return Hypothesis(tokens, total, score, is_finished)
+
+    for length in range(1, sampling.max_tokens + 1):
+        totals = torch.tensor([total for _, total in live], dtype=torch.float64)
+        every = torch.log_softmax(logits.double(), dim=-1).cpu() + totals[:, None]
+        count = min(num_beams * (1 + len(stop_tokens)), every.numel())
+        values, places = torch.topk(every.flatten(), count)
+        grown: list[tuple[list[int], float]] = []
+        parents: list[int] = []
+        for total, place in zip(values.tolist(), places.tolist(), strict=True):
+            parent, token = divmod(place, every.size(1))
+            tokens = [*live[parent][0], token]
+            if token in stop_tokens:
+                finished.append(hypothesis(tokens, total, is_finished=True))
+            elif len(grown) < num_beams:
+                grown.append((tokens, total))
+                parents.append(parent)
+        finished = sorted(finished, key=lambda item: -item.score)[:num_beams]
+        live = grown
+        if not live or length == sampling.max_tokens:
+            break
+        best_to_come = live[0][1] / sampling.max_tokens**length_penalty
+        if len(finished) == num_beams and finished[-1].score >= best_to_come:
+            live = []
+            break
+        rows = list(range(len(live)))
+        cache.select([*parents, *[0] * (num_beams - len(live))])
+        newest = torch.tensor([tokens[-1:] for tokens, _ in live], device=model.device)
+        logits = model.predict(newest, cache, rows)
+    unfinished = [hypothesis(*pair, is_finished=False) for pair in live]
+    return sorted([*finished, *unfinished], key=lambda item: -item.score)[:num_beams]

@@ -1,0 +1,170 @@
+"""`nope generate --input`: a file of prompts to a file of texts, interrupted or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nope_gpt.artifacts import writing
+from nope_gpt.batching import Request, answers
+from nope_gpt.cli.loading import open_model, seed_for
+from nope_gpt.cli.terminal import Pace, duration, progress_bar, result, say, talk
+from nope_gpt.config import GenerateConfig
+from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
+
+
+def answer_file(config: GenerateConfig, source: Path, target: Path, *, as_json: bool) -> None:
+    """Continue every prompt of a file, and write each line as soon as those before it are there.
+
+    Raises:
+        NopeError: A line is not a prompt, or the output is of other prompts.
+    """
+    lines = read_lines(source)
+    done = kept_lines(target, lines)
+    model, tokenizer = open_model(config, "generate")
+    requests = [
+        Request(tokens_of(line, tokenizer, f"{source}:{number + 1}"), seed_for(config, number, i))
+        for number, line in enumerate(lines)
+        if number >= done
+        for i in range(config.num_samples)
+    ]
+    if done:
+        say(f"{done:,} of {len(lines):,} lines are there already")
+    progress = Progress(len(lines), done)
+    texts: list[dict[str, Any]] = []
+    with writing(target), target.open("a", encoding="utf-8") as file, progress:
+        for answer in answers(model, tokenizer, requests, config, config.batch_size):
+            texts.append(
+                {"text": answer.text, "new_tokens": answer.new_tokens, "reason": answer.reason}
+            )
+            if len(texts) == config.num_samples:
+                line = lines[progress.done]
+                more = texts[0] if config.num_samples == 1 else {"samples": texts}
+                file.write(json.dumps(line | more, ensure_ascii=False) + "\n")
+                file.flush()
+                progress.advance(sum(text["new_tokens"] for text in texts))
+                texts = []
+    result(str(target), {"output": str(target), "lines": len(lines)}, as_json)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file.
+
+    Raises:
+        MissingError: There is no such file.
+        NopeError: A line is no object; names it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise MissingError("there is no such file of prompts", where=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise NopeError(f"the prompts cannot be read: {error}", where=str(path)) from None
+    return [value for _, value in objects(text, path)]
+
+
+def objects(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of lines, each with its number; empty lines are passed over."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise NopeError(f"this line is not JSON: {error}", where=f"{path}:{number}") from None
+        if not isinstance(value, dict):
+            raise NopeError("this line is not a JSON object", where=f"{path}:{number}")
+        yield number, value
+
+
+def kept_lines(target: Path, lines: list[dict[str, Any]]) -> int:
+    """How many lines of the output are there; what a kill left of another is cut off.
+
+    Raises:
+        UsageError: They are not of these prompts.
+    """
+    if not target.exists():
+        return 0
+    with writing(target):
+        content = target.read_bytes()
+        whole = content.rpartition(b"\n")[0] + b"\n" if b"\n" in content else b""
+        if len(whole) < len(content):
+            os.truncate(target, len(whole))
+    found = [value for _, value in objects(whole.decode("utf-8"), target)]
+    for number, value in enumerate(found):
+        prompt = lines[number] if number < len(lines) else None
+        if prompt is None or any(value.get(key) != prompt[key] for key in prompt):
+            raise UsageError(
+                f"line {number + 1} of the output is not of line {number + 1} of the input",
+                where=str(target),
+                hint="choose another --output",
+            )
+    return len(found)
+
+
+def tokens_of(line: dict[str, Any], tokenizer: BaseTokenizer, where: str) -> list[int]:
+    """The prompt of a line.
+
+    Raises:
+        NopeError: It has neither a prompt nor messages, or the model knows no turns.
+    """
+    if isinstance(line.get("prompt"), str):
+        return tokenizer.tokenize(line["prompt"]) or [tokenizer.end_of_text]
+    messages = line.get("messages")
+    if not isinstance(messages, list):
+        raise NopeError(
+            'this line has neither a "prompt", a text, nor "messages", a list', where=where
+        )
+    if not isinstance(tokenizer, ChatTokenizer):
+        raise UsageError("this is a base model, which was never taught to take turns", where=where)
+    for message in messages:
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise NopeError("a message is no object with a role and a content", where=where)
+    return tokenizer.tokenize_prompt(messages)
+
+
+class Progress:
+    """Shows how far it has come, on a terminal by a bar and elsewhere by lines.
+
+    Args:
+        total: Lines in all.
+        done: Of them, before.
+    """
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done, self.begun_at = total, done, done
+        self.tokens = 0
+        self.pace = Pace()
+        self.console = talk()
+        self.bar = progress_bar(self.console) if self.console.is_terminal else None
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+        if self.bar:
+            self.task = self.bar.add_task(
+                "generate", total=self.total, completed=self.done, figures=""
+            )
+            self.bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, tokens: int) -> None:
+        """A line is done."""
+        self.done += 1
+        self.tokens += tokens
+        seconds = time.perf_counter() - self.started
+        speed = f"{self.tokens / seconds:,.1f} tok/s"
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, figures=speed)
+        elif self.done == self.total or self.pace.is_due():
+            left = (self.total - self.done) * seconds / (self.done - self.begun_at)
+            say(f"line {self.done}/{self.total} · {speed} · {duration(left)} left")

@@ -1,0 +1,34 @@
+"""Every setting of every command, once: name, type, default, range and help.
+
+The names are the flags of the command line. Where the published weights use
+another word (`num_decoder_layers`, `hidden_ratio`), the field has theirs, because
+a field is also a key of config.json, and the knob names its flag.
+"""
+
+from nope_gpt.config.panels import MODEL
+from nope_gpt.config.preparing import PrepareConfig
+from nope_gpt.config.presets import PRESETS, SHAPE_400M, SHAPE_TINY
+from nope_gpt.config.sampling import ChatConfig, GenerateConfig, SamplingConfig
+from nope_gpt.config.shape import ModelConfig, ModelShape
+from nope_gpt.config.tools import ExportConfig, QuickstartConfig, SizeConfig
+from nope_gpt.config.training import ENCODINGS, PretrainConfig, TrainingConfig, TuneConfig
+
+__all__ = [
+    "ENCODINGS",
+    "MODEL",
+    "PRESETS",
+    "SHAPE_400M",
+    "SHAPE_TINY",
+    "ChatConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "ModelConfig",
+    "ModelShape",
+    "PrepareConfig",
+    "PretrainConfig",
+    "QuickstartConfig",
+    "SamplingConfig",
+    "SizeConfig",
+    "TrainingConfig",
+    "TuneConfig",
+]

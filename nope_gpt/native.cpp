@@ -1,0 +1,480 @@
+// A few tokens through the whole network, as fast as the memory gives up its weights.
+//
+// With one token, or a few, every weight is read from memory and used once or a few times,
+// so that reading them is the time it takes. Here one team of threads goes through all
+// layers, each thread over its rows of each matrix, in a single parallel region.
+//
+// A token is computed by the same operations in the same order whatever tokens are beside
+// it and however many threads there are: a row of a batch is bit for bit the row alone. So
+// where a compiler could join a product and a sum in one place and not in another, std::fma
+// says that it must.
+//
+// Weights are float, bfloat16, or 8-bit integers with a scale for each row; sums are float.
+//
+// Shapes: M tokens, C embedding dimensions, V vocabulary, H query heads, G key/value heads,
+// R = H/G, D head dimensions, F hidden dimensions, N visible entries of the cache.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+constexpr int64_t LANES = 16;
+constexpr int64_t CHUNK = 256;  // Entries of the cache that one thread attends to at a time.
+constexpr int64_t ROWS = 8;     // Rows of a matrix that a thread takes at a time.
+constexpr int SIDE = 4;         // Of these, rows that are read side by side.
+
+using Floats = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Integers = int32_t __attribute__((vector_size(64)));
+using Halves = uint16_t __attribute__((vector_size(32)));
+using Bytes = int8_t __attribute__((vector_size(16)));
+
+template <class Vector, class T>
+inline Vector raw(const T* from) {
+    Vector result;
+    std::memcpy(&result, from, sizeof result);
+    return result;
+}
+
+inline Floats lanes(const float* x) { return raw<Floats>(x); }
+
+// To float, by hand: GCC before 13 widens the parts of a vector one by one.
+#if defined(__AVX512F__)
+inline Floats lanes(const bfloat16* x) {
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw<__m256i>(x)), 16);
+}
+inline Floats lanes(const int8_t* x) {
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw<__m128i>(x)));
+}
+#elif defined(__AVX2__)
+inline Floats joined(__m256 low, __m256 high) {
+    __m256 halves[2] = {low, high};
+    return raw<Floats>(halves);
+}
+inline Floats lanes(const bfloat16* x) {
+    auto half = [](const bfloat16* from) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw<__m128i>(from)), 16));
+    };
+    return joined(half(x), half(x + 8));
+}
+inline Floats lanes(const int8_t* x) {
+    auto half = [](const int8_t* from) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+    };
+    return joined(half(x), half(x + 8));
+}
+#else
+inline Floats lanes(const bfloat16* x) {
+    return (Floats)(__builtin_convertvector(raw<Halves>(x), Words) << 16);
+}
+inline Floats lanes(const int8_t* x) {
+    return __builtin_convertvector(__builtin_convertvector(raw<Bytes>(x), Integers), Floats);
+}
+#endif
+
+inline float one(const float* x) { return *x; }
+inline float one(const int8_t* x) { return *x; }
+inline float one(const bfloat16* x) {
+    uint32_t bits = uint32_t(x->bits) << 16;
+    return raw<float>(&bits);
+}
+
+inline void put(float* to, float value) { *to = value; }
+inline void put(bfloat16* to, float value) {  // To the nearest, and of two to the even one.
+    uint32_t bits = raw<uint32_t>(&value);
+    if (std::isnan(value)) bits |= 0x400000;
+    else bits += 0x7fff + ((bits >> 16) & 1);
+    to->bits = bits >> 16;
+}
+
+inline float sum(Floats x) {
+    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    x += __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return x[0];
+}
+
+// Cephes: 2^n times a polynomial for what is left of the argument; to 2 units in the last place.
+inline Floats exponential(Floats x) {
+    x = x < -87.0f ? Floats{} - 87.0f : x > 88.0f ? Floats{} + 88.0f : x;
+    Integers n = __builtin_convertvector(x * 1.44269504f + (x < 0 ? Floats{} - 0.5f : Floats{} + 0.5f), Integers);
+    Floats whole = __builtin_convertvector(n, Floats);
+    x -= whole * 0.693359375f;
+    x += whole * 2.12194440e-4f;
+    Floats y = x * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * x + 8.3334519073e-3f;
+    y = y * x + 4.1665795894e-2f;
+    y = y * x + 1.6666665459e-1f;
+    y = y * x + 5.0000001201e-1f;
+    y = y * x * x + x + 1.0f;
+    return y * (Floats)((n + 127) << 23);
+}
+
+template <class T>
+inline float dot(const T* a, const float* b, int64_t size) {
+    Floats total{};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) total += lanes(a + i) * lanes(b + i);
+    float result = sum(total);
+    for (; i < size; i++) result += one(a + i) * b[i];
+    return result;
+}
+
+template <class T>
+inline void add_scaled(float* to, float factor, const T* x, int64_t size) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        Floats now = lanes(to + i) + factor * lanes(x + i);
+        std::memcpy(to + i, &now, sizeof now);
+    }
+    for (; i < size; i++) to[i] += factor * one(x + i);
+}
+
+// What a weight is multiplied by: bfloat16 where the processor does that by itself.
+#ifdef __AVX512BF16__
+template <class W>
+using Operand = std::conditional_t<std::is_same_v<W, bfloat16>, bfloat16, float>;
+#else
+template <class W>
+using Operand = float;
+#endif
+
+// The sum of products of some lanes of a weight and of an operand, and how many they are.
+template <class W>
+constexpr int64_t STEP = LANES;
+
+template <class W>
+struct Read {
+    Floats lanes_of;
+    explicit Read(const W* from) : lanes_of(lanes(from)) {}
+};
+
+template <class W>
+inline void multiply_add(Floats& total, const Read<W>& weight, const Read<float>& x) {
+    total += weight.lanes_of * x.lanes_of;
+}
+
+#ifdef __AVX512BF16__
+template <>
+constexpr int64_t STEP<bfloat16> = 2 * LANES;
+
+template <>
+struct Read<bfloat16> {
+    __m512bh lanes_of;
+    explicit Read(const bfloat16* from) : lanes_of(raw<__m512bh>(from)) {}
+};
+
+inline void multiply_add(Floats& total, const Read<bfloat16>& weight, const Read<bfloat16>& x) {
+    total = (Floats)_mm512_dpbf16_ps((__m512)total, weight.lanes_of, x.lanes_of);
+}
+#endif
+
+// Rows of a matrix by tokens: each row is read once for all of them. Meanwhile the rows that
+// come next are sent for: the processor by itself foresees one stream, but not several.
+template <int R, int M, class W, class X>
+inline void tile(const W* weight, const X* x, int64_t size, float* result) {
+    Floats totals[R][M] = {};
+    int64_t i = 0;
+    for (; i + STEP<W> <= size; i += STEP<W>)
+        for (int r = 0; r < R; r++) {
+            __builtin_prefetch(weight + (r + ROWS) * size + i, 0, 2);
+            Read<W> row(weight + r * size + i);
+            for (int m = 0; m < M; m++) multiply_add(totals[r][m], row, Read<X>(x + m * size + i));
+        }
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) {
+            float total = sum(totals[r][m]);
+            for (int64_t k = i; k < size; k++)
+                total = std::fma(one(weight + r * size + k), one(x + m * size + k), total);
+            result[m * LANES + r] = total;
+        }
+}
+
+// The rows that a thread takes at a time, side by side.
+template <int M, class W, class X>
+inline void some_rows(const W* weight, const X* x, int64_t size, int64_t count, float* results) {
+    int64_t r = 0;
+    for (; r + SIDE <= count; r += SIDE) tile<SIDE, M>(weight + r * size, x, size, results + r);
+    for (; r < count; r++) tile<1, M>(weight + r * size, x, size, results + r);
+}
+
+struct Matrix {
+    const void* weight;  // [rows, size]
+    const float* scale;  // [rows], or none
+};
+
+}  // namespace
+
+extern "C" {
+
+struct Layer {
+    const float *attention_norm, *feed_forward_norm;
+    Matrix q, k, v, out, up, down;
+};
+
+struct Network {
+    int64_t C, V, H, G, D, F, num_layers;
+    int64_t kind;  // Of the weights: 0 float, 1 bfloat16, 2 integers.
+    double epsilon;
+    Matrix embedding;
+    const float* norm;
+    const Layer* layers;
+};
+
+struct Cache {
+    char* memory;       // [layers, keys and values, rows, G, capacity, D]
+    int64_t is_half;    // Whether it holds bfloat16, and not float.
+    int64_t num_rows, capacity;
+};
+
+struct Token {
+    int64_t id;
+    int64_t row;      // Of the cache.
+    int64_t slot;     // Where its own entry goes.
+    int64_t visible;  // Entries it attends to, its own included, from the first slot on.
+};
+
+}  // extern "C"
+
+namespace {
+
+template <class W, class T>
+struct Step {
+    using X = Operand<W>;
+
+    const Network& net;
+    const Cache& cache;
+    const Token* tokens;
+    const int64_t M;
+    const int64_t R = net.H / net.G;
+    const int64_t kv = net.G * net.D;
+    const int64_t num_chunks = most_visible() / CHUNK + 1;
+    const int64_t partial = R * (net.D + 2);
+    std::vector<float> x = std::vector<float>(M * net.C), q = std::vector<float>(M * net.C);
+    std::vector<float> partials = std::vector<float>(M * net.G * num_chunks * partial);
+    std::vector<X> hidden = std::vector<X>(M * net.F);
+
+    int64_t most_visible() const {
+        int64_t most = 0;
+        for (int64_t m = 0; m < M; m++) most = std::max(most, tokens[m].visible);
+        return most;
+    }
+
+    T* entries(int64_t layer, int which, int64_t row, int64_t group) const {
+        int64_t index = ((layer * 2 + which) * cache.num_rows + row) * net.G + group;
+        return reinterpret_cast<T*>(cache.memory) + index * cache.capacity * net.D;
+    }
+
+    // Where number i of a token's new keys or values goes.
+    T* entry(int64_t layer, int which, int64_t m, int64_t i) const {
+        return entries(layer, which, tokens[m].row, i / net.D) + tokens[m].slot * net.D + i % net.D;
+    }
+
+    // Everything below is called by all threads of a team. What takes less time than waiting
+    // for each other does, every thread does for itself.
+
+    void read_embeddings() {
+#pragma omp for
+        for (int64_t m = 0; m < M; m++) {
+            const W* row = static_cast<const W*>(net.embedding.weight) + tokens[m].id * net.C;
+            float scale = net.embedding.scale ? net.embedding.scale[tokens[m].id] : 1.0f;
+            for (int64_t c = 0; c < net.C; c++) x[m * net.C + c] = scale * one(row + c);
+        }
+    }
+
+    void normalize(const float* weight, X* to) const {
+        for (int64_t m = 0; m < M; m++) {
+            const float* row = &x[m * net.C];
+            float scale = 1.0f / std::sqrt(dot(row, row, net.C) / net.C + float(net.epsilon));
+            for (int64_t c = 0; c < net.C; c++) put(to + m * net.C + c, row[c] * scale * weight[c]);
+        }
+    }
+
+    // Products of a matrix [rows, size] and the tokens' operands from the first on; `store` is
+    // called with a token, a row and LANES of results, of which `count` are rows side by side.
+    template <class Store>
+    void multiply(const Matrix& a, int64_t rows, int64_t size, const X* from, int64_t first, Store store) const {
+        int64_t num_blocks = (rows + ROWS - 1) / ROWS;
+#pragma omp for schedule(static) nowait
+        for (int64_t block = 0; block < num_blocks; block++) {
+            int64_t row = block * ROWS, count = std::min(ROWS, rows - row);
+            const W* weight = static_cast<const W*>(a.weight) + row * size;
+            float scales[LANES] = {}, results[4][LANES] = {};
+            for (int64_t r = 0; r < count; r++) scales[r] = a.scale ? a.scale[row + r] : 1.0f;
+            for (int64_t m = first, width; m < M; m += width) {
+                width = M - m >= 4 ? 4 : M - m >= 2 ? 2 : 1;
+                const X* x = from + m * size;
+                if (width == 4) some_rows<4>(weight, x, size, count, results[0]);
+                if (width == 2) some_rows<2>(weight, x, size, count, results[0]);
+                if (width == 1) some_rows<1>(weight, x, size, count, results[0]);
+                for (int64_t i = 0; i < width; i++) store(m + i, row, count, lanes(results[i]) * lanes(scales));
+            }
+        }
+    }
+
+    // For the heads of a group over a chunk of the cache: the largest score, the sum of the
+    // exponentials below it, and the values weighted by them; `gather` joins the chunks.
+    void attend(int64_t layer) {
+#pragma omp for collapse(3) schedule(dynamic, 1)
+        for (int64_t m = 0; m < M; m++)
+            for (int64_t g = 0; g < net.G; g++)
+                for (int64_t chunk = 0; chunk < num_chunks; chunk++) {
+                    int64_t first = chunk * CHUNK, last = std::min(first + CHUNK, tokens[m].visible);
+                    if (first >= last) continue;
+                    float* part = &partials[((m * net.G + g) * num_chunks + chunk) * partial];
+                    const T* keys = entries(layer, 0, tokens[m].row, g) + first * net.D;
+                    const T* values = entries(layer, 1, tokens[m].row, g) + first * net.D;
+                    const float* queries = &q[m * net.C + g * R * net.D];
+                    for (int64_t h = 0, width; h < R; h += width) {
+                        width = R - h >= 4 ? 4 : 1;
+                        const float* own = queries + h * net.D;
+                        float* to = part + h * (net.D + 2);
+                        if (width == 4) attend_to<4>(keys, values, last - first, own, to);
+                        else attend_to<1>(keys, values, last - first, own, to);
+                    }
+                }
+    }
+
+    // One chunk for some heads of a group: keys and values are read once for all of them.
+    template <int HEADS>
+    void attend_to(const T* keys, const T* values, int64_t count, const float* queries, float* part) const {
+        const float scale = 1.0f / std::sqrt(float(net.D));
+        const int64_t padded = (count + LANES - 1) / LANES * LANES, stride = net.D + 2;
+        alignas(64) float scores[HEADS][CHUNK];
+        for (int64_t n = 0; n < count; n++) {
+            Floats totals[HEADS] = {};
+            int64_t d = 0;
+            for (; d + LANES <= net.D; d += LANES) {
+                Floats key = lanes(keys + n * net.D + d);
+                for (int h = 0; h < HEADS; h++) totals[h] += key * lanes(queries + h * net.D + d);
+            }
+            for (int h = 0; h < HEADS; h++) {
+                float total = sum(totals[h]);
+                for (int64_t rest = d; rest < net.D; rest++)
+                    total = std::fma(one(keys + n * net.D + rest), queries[h * net.D + rest], total);
+                scores[h][n] = scale * total;
+            }
+        }
+        for (int h = 0; h < HEADS; h++) {
+            float largest = *std::max_element(scores[h], scores[h] + count);
+            std::fill(scores[h] + count, scores[h] + padded, -INFINITY);
+            Floats total{};
+            for (int64_t n = 0; n < count; n += LANES) {
+                Floats now = exponential(lanes(scores[h] + n) - largest);
+                for (int64_t i = count - n; i < LANES; i++) now[i] = 0.0f;
+                std::memcpy(scores[h] + n, &now, sizeof now);
+                total += now;
+            }
+            part[h * stride] = largest;
+            part[h * stride + 1] = sum(total);
+        }
+        int64_t d = 0;
+        for (; d + LANES <= net.D; d += LANES) {
+            Floats totals[HEADS] = {};
+            for (int64_t n = 0; n < count; n++) {
+                Floats value = lanes(values + n * net.D + d);
+                for (int h = 0; h < HEADS; h++) totals[h] += scores[h][n] * value;
+            }
+            for (int h = 0; h < HEADS; h++) std::memcpy(part + h * stride + 2 + d, &totals[h], sizeof totals[h]);
+        }
+        for (; d < net.D; d++)
+            for (int h = 0; h < HEADS; h++) {
+                float total = 0.0f;
+                for (int64_t n = 0; n < count; n++) total = std::fma(scores[h][n], one(values + n * net.D + d), total);
+                part[h * stride + 2 + d] = total;
+            }
+    }
+
+    void gather(X* to) const {
+        std::vector<float> out(net.D);
+        for (int64_t m = 0; m < M; m++)
+            for (int64_t h = 0; h < net.H; h++) {
+                const float* part = &partials[(m * net.G + h / R) * num_chunks * partial] + h % R * (net.D + 2);
+                int64_t count = (tokens[m].visible + CHUNK - 1) / CHUNK;
+                float largest = -INFINITY, total = 0.0f;
+                for (int64_t i = 0; i < count; i++) largest = std::max(largest, part[i * partial]);
+                std::fill(out.begin(), out.end(), 0.0f);
+                for (int64_t i = 0; i < count; i++) {
+                    float share = std::exp(part[i * partial] - largest);
+                    total = std::fma(share, part[i * partial + 1], total);
+                    add_scaled(out.data(), share, part + i * partial + 2, net.D);
+                }
+                for (int64_t d = 0; d < net.D; d++) put(to + m * net.C + h * net.D + d, out[d] / total);
+            }
+    }
+
+    void run(float* logits, int64_t first) {
+        std::vector<X> own(M * net.C);  // The operands of this thread's products.
+        auto into_stream = [&](int64_t m, int64_t row, int64_t count, Floats values) {
+            for (int64_t r = 0; r < count; r++) x[m * net.C + row + r] += values[r];
+        };
+        read_embeddings();
+        for (int64_t i = 0; i < net.num_layers; i++) {
+            const Layer& layer = net.layers[i];
+            normalize(layer.attention_norm, own.data());
+            multiply(layer.q, net.C, net.C, own.data(), 0, [&](int64_t m, int64_t row, int64_t count, Floats values) {
+                std::memcpy(&q[m * net.C + row], &values, count * sizeof(float));
+            });
+            for (int which = 0; which < 2; which++)
+                multiply(which ? layer.v : layer.k, kv, net.C, own.data(), 0,
+                         [&](int64_t m, int64_t row, int64_t count, Floats values) {
+                             for (int64_t r = 0; r < count; r++) put(entry(i, which, m, row + r), values[r]);
+                         });
+#pragma omp barrier
+            attend(i);
+            gather(own.data());
+            multiply(layer.out, net.C, net.C, own.data(), 0, into_stream);
+#pragma omp barrier
+            normalize(layer.feed_forward_norm, own.data());
+            multiply(layer.up, net.F, net.C, own.data(), 0, [&](int64_t m, int64_t row, int64_t count, Floats values) {
+                values /= 1.0f + exponential(-values);  // SiLU
+                for (int64_t r = 0; r < count; r++) put(&hidden[m * net.F + row + r], values[r]);
+            });
+#pragma omp barrier
+            multiply(layer.down, net.C, net.F, hidden.data(), 0, into_stream);
+#pragma omp barrier
+        }
+        normalize(net.norm, own.data());
+        multiply(net.embedding, net.V, net.C, own.data(), first, [&](int64_t m, int64_t row, int64_t count, Floats values) {
+            std::memcpy(logits + (m - first) * net.V + row, &values, count * sizeof(float));
+        });
+    }
+};
+
+template <class W, class T>
+void go(const Network& net, const Cache& cache, const Token* tokens, int64_t M, int64_t first, float* logits, int threads) {
+    Step<W, T> step{net, cache, tokens, M};
+#pragma omp parallel num_threads(threads)
+    step.run(logits, first);
+}
+
+template <class W>
+void go(const Network& net, const Cache& cache, const Token* tokens, int64_t M, int64_t first, float* logits, int threads) {
+    if (cache.is_half) go<W, bfloat16>(net, cache, tokens, M, first, logits, threads);
+    else go<W, float>(net, cache, tokens, M, first, logits, threads);
+}
+
+}  // namespace
+
+// Read M tokens, add their entries to the cache, and write the logits [M - first, V] of all but
+// the first ones.
+extern "C" void decode(const Network* net, const Cache* cache, const Token* tokens, int64_t M,
+                       int64_t first, float* logits, int64_t threads) {
+    if (net->kind == 0) go<float>(*net, *cache, tokens, M, first, logits, threads);
+    if (net->kind == 1) go<bfloat16>(*net, *cache, tokens, M, first, logits, threads);
+    if (net->kind == 2) go<int8_t>(*net, *cache, tokens, M, first, logits, threads);
+}

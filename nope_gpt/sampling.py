@@ -1,0 +1,159 @@
+"""From logits to a token: pure functions on one row of logits.
+
+Shapes: V vocabulary, K kept candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nope_gpt.config import SamplingConfig
+from nope_gpt.errors import NopeError, UsageError
+
+
+class Choice(NamedTuple):
+    """A token that was drawn.
+
+    Attributes:
+        token: Its id [].
+        probability: What it was drawn with, after all filters [].
+        logits: The model's, before any [V].
+    """
+
+    token: Tensor
+    probability: Tensor
+    logits: Tensor
+
+    def log_probabilities(self, count: int) -> tuple[float, dict[int, float]]:
+        """What the model itself thinks, before any filter, in nats.
+
+        Returns:
+            The log-probability of the token, and those of the `count` likeliest ones.
+        """
+        every = torch.log_softmax(self.logits.float(), dim=-1)
+        values, tokens = torch.topk(every, min(count, len(every)))
+        likeliest = dict(zip(tokens.tolist(), values.tolist(), strict=True))
+        return float(every[self.token]), likeliest
+
+
+class Draws:
+    """Draws the tokens of one sequence, one after the other.
+
+    Args:
+        sampling: How: penalty, bias, then top-k, temperature, top-p, min-p.
+        generator: Where the randomness comes from; None for torch's global one.
+    """
+
+    def __init__(self, sampling: SamplingConfig, generator: torch.Generator | None = None) -> None:
+        self.sampling = sampling
+        self.generator = generator
+        self.recent: deque[int] = deque(maxlen=sampling.repeat_window)
+
+    def next(self, logits: Tensor) -> Choice:
+        """Draw a token from the logits [V] of its place.
+
+        Raises:
+            NopeError: The logits are not numbers.
+            UsageError: A token with a bias is not in the vocabulary.
+        """
+        sampling = self.sampling
+        changed = penalize_repeats(logits, self.recent, sampling.repeat_penalty)
+        tokens, probabilities = candidates(
+            add_bias(changed, sampling.biases),
+            top_k=sampling.top_k,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+        )
+        token, probability = draw(tokens, probabilities, self.generator)
+        self.recent.append(int(token))
+        return Choice(token, probability, logits)
+
+
+def penalize_repeats(logits: Tensor, recent: deque[int], penalty: float) -> Tensor:
+    """Take a share of its logit's size from a token for each of its recent uses.
+
+    Args:
+        logits: [V].
+        recent: Recently generated tokens; each occurrence counts.
+        penalty: The share, from 0 to 1.
+    """
+    if not recent or penalty == 0.0:
+        return logits
+    counts = Counter(recent)
+    tokens = torch.tensor(list(counts), device=logits.device)
+    uses = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
+    chosen = logits[tokens]
+    factor = torch.where(chosen > 0, (1.0 - penalty) ** uses, (1.0 + penalty) ** uses)
+    return logits.index_put((tokens,), chosen * factor)
+
+
+def add_bias(logits: Tensor, biases: Mapping[int, float]) -> Tensor:
+    """Add to the logits [V] of some tokens.
+
+    Raises:
+        UsageError: A token is not in the vocabulary.
+    """
+    if not biases:
+        return logits
+    if max(biases) >= len(logits):
+        raise UsageError(
+            f"--logit-bias names token {max(biases)}, and the vocabulary ends at {len(logits) - 1}"
+        )
+    tokens = torch.tensor(list(biases), device=logits.device)
+    values = torch.tensor(list(biases.values()), device=logits.device, dtype=logits.dtype)
+    return logits.index_add(0, tokens, values)
+
+
+def candidates(
+    logits: Tensor, *, top_k: int, temperature: float, top_p: float, min_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The tokens that may come next and their probabilities, likeliest first.
+
+    Args:
+        logits: [V].
+        top_k: Keep this many, 0 for all.
+        temperature: Divide the logits by this; 0 keeps the likeliest alone.
+        top_p: Keep the likeliest while their probabilities sum to at most this, and
+            always the first; 1 keeps all.
+        min_p: Keep those of at least this share of the likeliest one's probability.
+
+    Returns:
+        Tokens [K] and probabilities [K], which sum to 1.
+
+    Raises:
+        NopeError: The logits are not numbers.
+    """
+    size = logits.numel()
+    count = 1 if temperature == 0.0 else min(top_k or size, size)
+    kept, tokens = torch.topk(logits.float(), count, sorted=True)
+    if not math.isfinite(kept[0]):
+        raise NopeError(
+            f"the model's largest logit is {float(kept[0])}",
+            hint="its weights hold numbers that are not finite: export or download it again",
+        )
+    if count == 1:
+        return tokens, torch.ones_like(kept)
+    scaled = (kept - kept[0]) / temperature
+    if top_p < 1.0:
+        inside = torch.softmax(scaled, dim=-1).cumsum(dim=-1) <= top_p
+        inside[0] = True
+        scaled, tokens = scaled[inside], tokens[inside]
+    if min_p > 0.0:
+        likely = scaled >= math.log(min_p)
+        scaled, tokens = scaled[likely], tokens[likely]
+    return tokens, torch.softmax(scaled, dim=-1)
+
+
+def draw(
+    tokens: Tensor, probabilities: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Draw one candidate; returns a token [] and the probability [] it was drawn with."""
+    choice = torch.multinomial(probabilities, 1, generator=generator).squeeze(0)
+    return tokens[choice], probabilities[choice]
