@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,6 +48,10 @@ class Answer:
     text: str
     new_tokens: int
     reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """What people want to know of it."""
+        return {"text": self.text, "new_tokens": self.new_tokens, "reason": self.reason}
 
 
 class Row:

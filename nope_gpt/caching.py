@@ -190,7 +190,8 @@ class Reading:
         self.rows: slice | Tensor = slice(rows[0], rows[-1] + 1)
         if num_new == 1:
             self.rows = torch.tensor(rows, device=device)
-        self.seen = slice(None) if len(rows) == cache.num_rows else self.rows
+        is_all = list(rows) == list(range(cache.num_rows))
+        self.seen = slice(None) if is_all else self.rows
         self.mask: Tensor | None = None
         self.start, self.num_visible = lengths[0], min(max(lengths) + num_new, cache.capacity)
         self.is_one_each = num_new == 1

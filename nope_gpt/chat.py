@@ -75,17 +75,15 @@ class ChatSession:
     def reusable(self) -> KVCache:
         """The cache of the conversation, so that only what is new in it is read.
 
-        It is made anew while it cannot decode natively yet, since the library may be there now.
+        Between answers its reader may change: what compiles meanwhile is taken once it is there.
         """
-        if self.cache is None or self.cache.reader is None:
-            config, old = self.config, self.cache
+        config = self.config
+        if self.cache is None:
             self.cache = self.model.new_cache(
-                config.context_length,
-                pinned=min(config.pin_tokens, config.context_length - 1),
-                compile=config.compile,
+                config.context_length, pinned=config.pin_tokens, compile=config.compile
             )
-            if old and self.cache.reader is None:
-                self.cache = old
+        elif self.cache.reader is None:
+            self.cache.reader = self.model.reader(config.compile)
         return self.cache
 
     def prompt(self) -> list[int]:

@@ -128,7 +128,7 @@ def checked(prompt: Sequence[int], vocabulary_size: int) -> list[int]:
 
 def within_context(prompt: list[int], sampling: SamplingConfig) -> list[int]:
     """What of a prompt is read: all of it, or the pinned tokens and the last ones."""
-    length, pinned = sampling.context_length, min(sampling.pin_tokens, sampling.context_length - 1)
+    length, pinned = sampling.context_length, sampling.pin_tokens
     if len(prompt) <= length:
         return prompt
     return prompt[:pinned] + prompt[pinned - length :]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from nope_gpt import generation, hub, sizing
 from nope_gpt.attention import Documents
 from nope_gpt.blocks import NORM_EPSILON, Decoder
-from nope_gpt.caching import KVCache, Reading
+from nope_gpt.caching import KVCache, Reader, Reading
 from nope_gpt.config import ModelConfig, SamplingConfig
 from nope_gpt.cross_entropy import summed_cross_entropy
 from nope_gpt.device import refuse_small_memory
@@ -195,8 +195,12 @@ class NoPEGPT(nn.Module):
             pinned=pinned,
             dtype=weight.dtype,
             device=weight.device,
-            reader=None if compile == "off" else NativeReader.of(self, wait=compile == "on"),
+            reader=self.reader(compile),
         )
+
+    def reader(self, compile: str) -> Reader | None:
+        """How few tokens are read other than by the modules, if that can be; see `new_cache`."""
+        return None if compile == "off" else NativeReader.of(self, wait=compile == "on")
 
     def generate(
         self,

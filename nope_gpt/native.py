@@ -234,16 +234,21 @@ def obstacle(model: Any) -> str | None:
     return None
 
 
+def compiler() -> str | None:
+    """The C++ compiler of this machine."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
 @functools.cache
 def place() -> Path | str:
     """Where the library of this machine is, or will be; or why it cannot be."""
     if sys.platform == "win32":
         return "it is not for Windows"
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    if compiler is None:
+    found = compiler()
+    if found is None:
         return "there is no C++ compiler (apt install g++)"
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    identity = [SOURCE.read_bytes(), version, " ".join([compiler, *FLAGS]).encode(), processor()]
+    version = subprocess.run([found, "--version"], capture_output=True, check=False).stdout
+    identity = [SOURCE.read_bytes(), version, " ".join([found, *FLAGS]).encode(), processor()]
     name = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "nope-gpt" / f"native-{name}.so"
@@ -295,9 +300,8 @@ def compile_beside(path: Path) -> subprocess.Popen[bytes] | None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     temporary = f"{path}.{os.getpid()}-{time.time_ns()}"
-    command = shlex.join([str(compiler), *FLAGS, "-o", temporary, str(SOURCE)])
+    command = shlex.join([str(compiler()), *FLAGS, "-o", temporary, str(SOURCE)])
     log, final = shlex.quote(f"{temporary}.log"), shlex.quote(str(log_of(path)))
     script = (
         f"if {command} 2> {log}; then mv {shlex.quote(temporary)} {shlex.quote(str(path))}; "

@@ -113,10 +113,28 @@ def test_a_file_of_prompts_becomes_a_file_of_texts_whatever_ends_it(
 
     again = nope("generate", *flags, "--output", target)
     assert "40 of 40 lines are there already" in again.stderr
+    other = nope("generate", *flags, "--output", target, "--num-samples=2")
+    assert other.returncode == 2, "one text a line is not two samples a line"
     prompts_in(source, 3)
     refused = nope("generate", *flags, "--output", target)
     assert refused.returncode == 2
     assert "line 4 of the output is not of line 4 of the input" in refused.stderr
+
+
+def test_a_key_of_the_input_that_is_generated_does_not_stop_a_resume(
+    model: Path, tmp_path: Path, nope: Nope
+) -> None:
+    """And a prompt that is longer than the context is said to be cut."""
+    source = tmp_path / "p.jsonl"
+    lines = [{"prompt": "The list " * 5, "text": "gold"}, {"prompt": "a"}]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--model", model, "--max-tokens=4", "--context-length=20", "--input", source]
+    first = nope("generate", *flags, "--output", "o.jsonl")
+    assert first.returncode == 0, first.stderr
+    assert "note: 1 prompts are longer than the context" in first.stderr
+    again = nope("generate", *flags, "--output", "o.jsonl")
+    assert again.returncode == 0, again.stderr
+    assert "2 of 2 lines are there already" in again.stderr
 
 
 def test_several_samples_of_each_prompt_come_together(
@@ -163,6 +181,8 @@ def test_a_line_that_is_no_prompt_is_named_before_anything_is_written(
         (["--input=p.jsonl"], "--input needs --output"),
         (["--output=o.jsonl"], "--output needs --input"),
         (["x", "--input=p.jsonl", "--output=o.jsonl"], "there is a prompt and --input"),
+        (["--input=p.jsonl", "--output=./p.jsonl"], "are the same file"),
+        (["x", "--pin-tokens=9", "--context-length=9"], "must be less than --context-length"),
         (["x", "--log-probabilities=3"], "are printed with --json alone"),
         (["x", "--num-beams=2", "--num-samples=2"], "are for one continuation"),
         (["x", "--logit-bias=a"], "--logit-bias is 'a', and must be ID:BIAS pairs"),

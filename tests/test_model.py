@@ -129,6 +129,23 @@ def test_a_full_cache_is_sliding_window_attention_beside_the_pinned_tokens(
         torch.testing.assert_close(logits, expected[end - 1], rtol=0, atol=1e-5)
 
 
+def test_rows_are_read_in_any_order_and_in_part() -> None:
+    """Of unequal length, by the modules."""
+    model = small_model()
+    prompts = [torch.arange(length)[None] for length in (3, 7, 5)]
+    newest = torch.tensor([[11], [12], [13]])
+    alone = []
+    for prompt, token in zip(prompts, newest, strict=True):
+        alone.append(model(torch.cat([prompt, token[None]], dim=1))[0, -1].detach())
+    for rows in ([0, 1, 2], [2, 0, 1], [1, 0, 2], [2, 1], [1]):
+        cache = model.new_cache(16, 3)
+        for row, prompt in enumerate(prompts):
+            model.predict(prompt, cache, [row])
+        logits = model.predict(newest[rows], cache, rows)
+        expected = torch.stack([alone[row] for row in rows])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
 def test_activation_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for checkpointing in (False, True):

@@ -99,6 +99,8 @@ def refuse_contradictions(
     if (input is None) != (output is None):
         given, missing = ("--input", "--output") if output is None else ("--output", "--input")
         raise UsageError(f"{given} needs {missing}", hint="give both, or neither")
+    if input is not None and Path(input).resolve() == Path(str(output)).resolve():
+        raise UsageError("--input and --output are the same file", hint="choose another --output")
     if input is not None and prompt is not None:
         raise UsageError("there is a prompt and --input", hint="give one of them")
     if config.log_probabilities is not None and not as_json:
@@ -158,7 +160,7 @@ def write_samples(
     requests = [Request(tokens, seed_for(config, 0, i)) for i in range(config.num_samples)]
     samples: list[dict[str, Any]] = []
     for answer in answers(model, tokenizer, requests, config, config.batch_size):
-        samples.append({"text": answer.text, "tokens": answer.new_tokens, "reason": answer.reason})
+        samples.append(answer.as_dict())
         if not as_json:
             say(f"sample {answer.index + 1} of {config.num_samples}", style="dim")
             print(answer.text, flush=True)

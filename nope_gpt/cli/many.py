@@ -17,6 +17,9 @@ from nope_gpt.config import GenerateConfig
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
+GENERATED = {"text", "new_tokens", "reason", "samples"}
+"""What a line of the output has other than that of the input."""
+
 
 def answer_file(config: GenerateConfig, source: Path, target: Path, *, as_json: bool) -> None:
     """Continue every prompt of a file, and write each line as soon as those before it are there.
@@ -25,7 +28,7 @@ def answer_file(config: GenerateConfig, source: Path, target: Path, *, as_json: 
         NopeError: A line is not a prompt, or the output is of other prompts.
     """
     lines = read_lines(source)
-    done = kept_lines(target, lines)
+    done = kept_lines(target, lines, "text" if config.num_samples == 1 else "samples")
     model, tokenizer = open_model(config, "generate")
     requests = [
         Request(tokens_of(line, tokenizer, f"{source}:{number + 1}"), seed_for(config, number, i))
@@ -33,15 +36,19 @@ def answer_file(config: GenerateConfig, source: Path, target: Path, *, as_json: 
         if number >= done
         for i in range(config.num_samples)
     ]
+    long = sum(len(request.prompt) > config.context_length for request in requests)
+    if long:
+        say(
+            f"note: {long // config.num_samples:,} prompts are longer than the context, and only "
+            f"their end is read (--context-length)"
+        )
     if done:
         say(f"{done:,} of {len(lines):,} lines are there already")
     progress = Progress(len(lines), done)
     texts: list[dict[str, Any]] = []
     with writing(target), target.open("a", encoding="utf-8") as file, progress:
         for answer in answers(model, tokenizer, requests, config, config.batch_size):
-            texts.append(
-                {"text": answer.text, "new_tokens": answer.new_tokens, "reason": answer.reason}
-            )
+            texts.append(answer.as_dict())
             if len(texts) == config.num_samples:
                 line = lines[progress.done]
                 more = texts[0] if config.num_samples == 1 else {"samples": texts}
@@ -82,11 +89,16 @@ def objects(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, value
 
 
-def kept_lines(target: Path, lines: list[dict[str, Any]]) -> int:
+def kept_lines(target: Path, lines: list[dict[str, Any]], made: str) -> int:
     """How many lines of the output are there; what a kill left of another is cut off.
 
+    Args:
+        target: The output.
+        lines: Of the input.
+        made: What every line of the output has.
+
     Raises:
-        UsageError: They are not of these prompts.
+        UsageError: They are not of these prompts, or were not made by this.
     """
     if not target.exists():
         return 0
@@ -98,7 +110,11 @@ def kept_lines(target: Path, lines: list[dict[str, Any]]) -> int:
     found = [value for _, value in objects(whole.decode("utf-8"), target)]
     for number, value in enumerate(found):
         prompt = lines[number] if number < len(lines) else None
-        if prompt is None or any(value.get(key) != prompt[key] for key in prompt):
+        if (
+            prompt is None
+            or made not in value
+            or any(value.get(key) != prompt[key] for key in prompt if key not in GENERATED)
+        ):
             raise UsageError(
                 f"line {number + 1} of the output is not of line {number + 1} of the input",
                 where=str(target),

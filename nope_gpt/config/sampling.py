@@ -112,7 +112,12 @@ class SamplingConfig(Knobs):
         super().__post_init__()
         if "" in self.stop:
             raise UsageError("--stop is an empty text, and must be one that ends the answer")
-        assert self.biases is not None
+        if self.pin_tokens >= self.context_length:
+            raise UsageError(
+                f"--pin-tokens is {self.pin_tokens}, and must be less than --context-length, "
+                f"which is {self.context_length}"
+            )
+        _ = self.biases  # Refused now, and not at the first token.
 
     @functools.cached_property
     def biases(self) -> dict[int, float]:

@@ -118,7 +118,7 @@ class Watchdog:
         silent = [rank for rank in others if self.count("alive", rank) == before[rank]]
         work = {rank: self.count("done", rank) for rank in (*others, self.ranks.rank)}
         behind = [rank for rank, count in work.items() if count < max(work.values())]
-        self.end_silent(silent)
+        self.end_silent([rank for rank in silent if rank not in failed])
         for ranks, state in (
             (failed, "failed"),
             (silent, "is gone or stopped"),
