@@ -21,128 +21,14 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "native_vectors.h"
 
 namespace {
 
-struct bfloat16 {
-    uint16_t bits;
-};
-
-constexpr int64_t LANES = 16;
 constexpr int64_t CHUNK = 256;  // Entries of the cache that one thread attends to at a time.
 constexpr int64_t ROWS = 8;     // Rows of a matrix that a thread takes at a time.
 constexpr int SIDE = 4;         // Of these, rows that are read side by side.
-
-using Floats = float __attribute__((vector_size(64)));
-using Words = uint32_t __attribute__((vector_size(64)));
-using Integers = int32_t __attribute__((vector_size(64)));
-using Halves = uint16_t __attribute__((vector_size(32)));
-using Bytes = int8_t __attribute__((vector_size(16)));
-
-template <class Vector, class T>
-inline Vector raw(const T* from) {
-    Vector result;
-    std::memcpy(&result, from, sizeof result);
-    return result;
-}
-
-inline Floats lanes(const float* x) { return raw<Floats>(x); }
-
-// To float, by hand: GCC before 13 widens the parts of a vector one by one.
-#if defined(__AVX512F__)
-inline Floats lanes(const bfloat16* x) {
-    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw<__m256i>(x)), 16);
-}
-inline Floats lanes(const int8_t* x) {
-    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw<__m128i>(x)));
-}
-#elif defined(__AVX2__)
-inline Floats joined(__m256 low, __m256 high) {
-    __m256 halves[2] = {low, high};
-    return raw<Floats>(halves);
-}
-inline Floats lanes(const bfloat16* x) {
-    auto half = [](const bfloat16* from) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw<__m128i>(from)), 16));
-    };
-    return joined(half(x), half(x + 8));
-}
-inline Floats lanes(const int8_t* x) {
-    auto half = [](const int8_t* from) {
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
-    };
-    return joined(half(x), half(x + 8));
-}
-#else
-inline Floats lanes(const bfloat16* x) {
-    return (Floats)(__builtin_convertvector(raw<Halves>(x), Words) << 16);
-}
-inline Floats lanes(const int8_t* x) {
-    return __builtin_convertvector(__builtin_convertvector(raw<Bytes>(x), Integers), Floats);
-}
-#endif
-
-inline float one(const float* x) { return *x; }
-inline float one(const int8_t* x) { return *x; }
-inline float one(const bfloat16* x) {
-    uint32_t bits = uint32_t(x->bits) << 16;
-    return raw<float>(&bits);
-}
-
-inline void put(float* to, float value) { *to = value; }
-inline void put(bfloat16* to, float value) {  // To the nearest, and of two to the even one.
-    uint32_t bits = raw<uint32_t>(&value);
-    if (std::isnan(value)) bits |= 0x400000;
-    else bits += 0x7fff + ((bits >> 16) & 1);
-    to->bits = bits >> 16;
-}
-
-inline float sum(Floats x) {
-    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    x += __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    return x[0];
-}
-
-// Cephes: 2^n times a polynomial for what is left of the argument; to 2 units in the last place.
-inline Floats exponential(Floats x) {
-    x = x < -87.0f ? Floats{} - 87.0f : x > 88.0f ? Floats{} + 88.0f : x;
-    Integers n = __builtin_convertvector(x * 1.44269504f + (x < 0 ? Floats{} - 0.5f : Floats{} + 0.5f), Integers);
-    Floats whole = __builtin_convertvector(n, Floats);
-    x -= whole * 0.693359375f;
-    x += whole * 2.12194440e-4f;
-    Floats y = x * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * x + 8.3334519073e-3f;
-    y = y * x + 4.1665795894e-2f;
-    y = y * x + 1.6666665459e-1f;
-    y = y * x + 5.0000001201e-1f;
-    y = y * x * x + x + 1.0f;
-    return y * (Floats)((n + 127) << 23);
-}
-
-template <class T>
-inline float dot(const T* a, const float* b, int64_t size) {
-    Floats total{};
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) total += lanes(a + i) * lanes(b + i);
-    float result = sum(total);
-    for (; i < size; i++) result += one(a + i) * b[i];
-    return result;
-}
-
-template <class T>
-inline void add_scaled(float* to, float factor, const T* x, int64_t size) {
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        Floats now = lanes(to + i) + factor * lanes(x + i);
-        std::memcpy(to + i, &now, sizeof now);
-    }
-    for (; i < size; i++) to[i] += factor * one(x + i);
-}
+constexpr int64_t AHEAD = 64;   // Entries by which keys are sent for before they are read.
 
 // What a weight is multiplied by: bfloat16 where the processor does that by itself.
 #ifdef __AVX512BF16__
@@ -355,25 +241,19 @@ struct Step {
         const float scale = 1.0f / std::sqrt(float(net.D));
         const int64_t padded = (count + LANES - 1) / LANES * LANES, stride = net.D + 2;
         alignas(64) float scores[HEADS][CHUNK];
-        for (int64_t n = 0; n < count; n++) {
-            Floats totals[HEADS] = {};
-            int64_t d = 0;
-            for (; d + LANES <= net.D; d += LANES) {
-                Floats key = lanes(keys + n * net.D + d);
-                for (int h = 0; h < HEADS; h++) totals[h] += key * lanes(queries + h * net.D + d);
-            }
-            for (int h = 0; h < HEADS; h++) {
-                float total = sum(totals[h]);
-                for (int64_t rest = d; rest < net.D; rest++)
-                    total = std::fma(one(keys + n * net.D + rest), queries[h * net.D + rest], total);
-                scores[h][n] = scale * total;
-            }
-        }
+        for (int64_t n = 0; n < count; n += LANES / HEADS)
+            score<HEADS>(keys, values, n, count, queries, scale, scores);
         for (int h = 0; h < HEADS; h++) {
-            float largest = *std::max_element(scores[h], scores[h] + count);
             std::fill(scores[h] + count, scores[h] + padded, -INFINITY);
+            Floats most = lanes(scores[h]);
+            for (int64_t n = LANES; n < padded; n += LANES) {
+                Floats now = lanes(scores[h] + n);
+                most = now > most ? now : most;
+            }
+            float largest = most[0];
+            for (int64_t i = 1; i < LANES; i++) largest = std::max(largest, most[i]);
             Floats total{};
-            for (int64_t n = 0; n < count; n += LANES) {
+            for (int64_t n = 0; n < padded; n += LANES) {
                 Floats now = exponential(lanes(scores[h] + n) - largest);
                 for (int64_t i = count - n; i < LANES; i++) now[i] = 0.0f;
                 std::memcpy(scores[h] + n, &now, sizeof now);
@@ -383,20 +263,58 @@ struct Step {
             part[h * stride + 1] = sum(total);
         }
         int64_t d = 0;
-        for (; d + LANES <= net.D; d += LANES) {
-            Floats totals[HEADS] = {};
-            for (int64_t n = 0; n < count; n++) {
-                Floats value = lanes(values + n * net.D + d);
-                for (int h = 0; h < HEADS; h++) totals[h] += scores[h][n] * value;
-            }
-            for (int h = 0; h < HEADS; h++) std::memcpy(part + h * stride + 2 + d, &totals[h], sizeof totals[h]);
-        }
+        for (; d + 4 * LANES <= net.D; d += 4 * LANES) weigh<HEADS, 4>(values + d, count, scores, part + 2 + d);
+        for (; d + LANES <= net.D; d += LANES) weigh<HEADS, 1>(values + d, count, scores, part + 2 + d);
         for (; d < net.D; d++)
             for (int h = 0; h < HEADS; h++) {
                 float total = 0.0f;
                 for (int64_t n = 0; n < count; n++) total = std::fma(scores[h][n], one(values + n * net.D + d), total);
                 part[h * stride + 2 + d] = total;
             }
+    }
+
+    // LANES scores: of some heads and of the entries from number n on, the last one again and
+    // again where there are no more.
+    template <int HEADS>
+    void score(const T* keys, const T* values, int64_t n, int64_t count, const float* queries, float scale, float (*scores)[CHUNK]) const {
+        constexpr int ENTRIES = LANES / HEADS;
+        const T* key[ENTRIES];
+        for (int e = 0; e < ENTRIES; e++) key[e] = keys + std::min(n + e, count - 1) * net.D;
+        for (int64_t i = 0; i < ENTRIES * net.D; i += 64 / sizeof(T)) {
+            __builtin_prefetch(values + n * net.D + i, 0, 2);
+            __builtin_prefetch(keys + (n + AHEAD) * net.D + i, 0, 2);
+        }
+        Floats totals[LANES] = {};
+        int64_t d = 0;
+        for (; d + LANES <= net.D; d += LANES)
+            for (int e = 0; e < ENTRIES; e++) {
+                Floats some = lanes(key[e] + d);
+                for (int h = 0; h < HEADS; h++) totals[h * ENTRIES + e] += some * lanes(queries + h * net.D + d);
+            }
+        Floats all = sums(totals);
+        for (; d < net.D; d++)
+            for (int e = 0; e < ENTRIES; e++)
+                for (int h = 0; h < HEADS; h++)
+                    all[h * ENTRIES + e] = std::fma(one(key[e] + d), queries[h * net.D + d], all[h * ENTRIES + e]);
+        all *= scale;
+        for (int h = 0; h < HEADS; h++)
+            std::memcpy(scores[h] + n, reinterpret_cast<const float*>(&all) + h * ENTRIES, ENTRIES * sizeof(float));
+    }
+
+    // Of some dimensions, the values weighted by the scores of some heads.
+    template <int HEADS, int WIDTH>
+    void weigh(const T* values, int64_t count, const float (*scores)[CHUNK], float* part) const {
+        Floats totals[HEADS][WIDTH] = {};
+        for (int64_t n = 0; n < count; n++) {
+            Floats value[WIDTH];
+            for (int w = 0; w < WIDTH; w++) value[w] = lanes(values + n * net.D + w * LANES);
+            for (int h = 0; h < HEADS; h++) {
+                float share = scores[h][n];
+                for (int w = 0; w < WIDTH; w++) totals[h][w] += share * value[w];
+            }
+        }
+        for (int h = 0; h < HEADS; h++)
+            for (int w = 0; w < WIDTH; w++) put(part + h * (net.D + 2) + w * LANES, totals[h][w]);
     }
 
     void gather(X* to) const {

@@ -32,6 +32,7 @@ from nope_gpt.errors import NopeError
 from nope_gpt.quantization import Int8Embedding, Int8Linear
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = [SOURCE, SOURCE.with_name("native_vectors.h")]
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
 
 MOST_TOKENS = 8
@@ -248,7 +249,8 @@ def place() -> Path | str:
     if found is None:
         return "there is no C++ compiler (apt install g++)"
     version = subprocess.run([found, "--version"], capture_output=True, check=False).stdout
-    identity = [SOURCE.read_bytes(), version, " ".join([found, *FLAGS]).encode(), processor()]
+    code = [source.read_bytes() for source in SOURCES]
+    identity = [*code, version, " ".join([found, *FLAGS]).encode(), processor()]
     name = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "nope-gpt" / f"native-{name}.so"

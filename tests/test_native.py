@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,22 @@ def native_cache(model: NoPEGPT, capacity: int, rows: int = 1, pinned: int = 0) 
     cache = model.new_cache(capacity, rows, pinned=pinned, compile="on")
     assert cache.reader
     return cache
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are of this processor")
+@pytest.mark.parametrize("flags", [["-mno-avx512f"], ["-march=x86-64", "-mtune=generic"]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_processors_with_narrower_vectors_compute_the_same(
+    dtype: torch.dtype, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, *flags])
+    native.place.cache_clear()
+    test_it_computes_what_the_modules_compute(dtype)
+    test_sizes_that_fill_no_vector_are_computed_too({})
+    test_tokens_read_together_are_bit_for_bit_tokens_read_one_by_one.hypothesis.inner_test(
+        [1, 5, 2, 8, 3], dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

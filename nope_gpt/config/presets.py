@@ -57,7 +57,6 @@ PRESETS: dict[type[Knobs], dict[str, dict[str, Any]]] = {
             "tokens_per_sample": 256,
             "batch_size": 8,
             "gradient_accumulation_steps": 1,
-            "optimizer": "muon",
             "max_steps": 800,
         },
         "small": {

@@ -6,6 +6,7 @@ import dataclasses
 
 from nope_gpt.config.panels import DATA, MODEL, OPTIMIZATION, RUN
 from nope_gpt.config.shape import ModelConfig
+from nope_gpt.config.training import LEARNING_RATES
 from nope_gpt.knobs import Knobs, knob
 
 
@@ -38,10 +39,10 @@ class SizeConfig(ModelConfig):
         1, "Samples that pass through the network at a time.", panel=OPTIMIZATION, minimum=1
     )
     optimizer: str = knob(
-        "adamw",
-        "adamw, adafactor or muon.",
+        "muon",
+        "muon, adamw or adafactor.",
         panel=OPTIMIZATION,
-        choices=("adamw", "adafactor", "muon"),
+        choices=tuple(LEARNING_RATES),
     )
     precision: str = knob(
         "bfloat16",

@@ -14,6 +14,10 @@ ENCODINGS = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
 LEARNING_RATES = {"muon": 2e-2, "adamw": 1e-3, "adafactor": 1e-2}
 
+OPTIMIZER_HELP = (
+    "muon for the matrices, adamw for the rest; adamw; or adafactor, with hardly any memory."
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Knobs):
@@ -37,17 +41,17 @@ class TrainingConfig(Knobs):
         minimum=1,
     )
     optimizer: str = knob(
-        "adamw",
-        "adamw; adafactor, with hardly any memory; or muon for the matrices, adamw for the rest.",
+        "muon",
+        OPTIMIZER_HELP,
         panel=OPTIMIZATION,
-        choices=("adamw", "adafactor", "muon"),
+        choices=tuple(LEARNING_RATES),
     )
     learning_rate: float | None = knob(
         None,
         "Peak learning rate.",
         panel=OPTIMIZATION,
         above=0.0,
-        shown_default="adamw 1e-3, adafactor 1e-2, muon 2e-2",
+        shown_default="muon 2e-2, adamw 1e-3, adafactor 1e-2",
     )
     schedule: str = knob(
         "linear",
@@ -286,6 +290,9 @@ class TuneConfig(TrainingConfig):
         "Batches for each update of the weights, over all ranks.",
         panel=OPTIMIZATION,
         minimum=1,
+    )
+    optimizer: str = knob(
+        "adamw", OPTIMIZER_HELP, panel=OPTIMIZATION, choices=tuple(LEARNING_RATES)
     )
     num_epochs: int = knob(2, "Passes over the data.", panel=OPTIMIZATION, minimum=1)
     max_steps: int | None = knob(
