@@ -3,7 +3,8 @@
 Where torch has a kernel at full speed, that is taken. On a CPU torch multiplies bfloat16
 no faster than float32 in its attention; there, and to keep documents apart where no kernel
 does, the queries go in blocks, each a pair of batched matrix products at full speed. No
-block looks at keys that the causal mask hides from all of it, and the backward pass computes
+block looks at keys that are hidden from all of it, so documents one after the other cost what
+they would cost alone, and the backward pass computes
 the probabilities again, so that memory grows with T and not with its square.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads, R = H/G, D head dimensions,
@@ -118,10 +119,10 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | Non
     k, v = (k * scale).flatten(0, 1), v.flatten(0, 1)
     out = torch.empty_like(q.permute(0, 3, 1, 2, 4), memory_format=torch.contiguous_format)
     num_before = k.size(1) - q.size(3)
-    for now in blocks(q.size(3)):
-        upto = slice(num_before + now.stop)
-        p = probabilities(rows(q, now), k[:, upto], now, documents)
-        block = (p @ v[:, upto]).view(q[..., now, :].shape)
+    for now, first in blocks(q.size(3), documents):
+        seen = slice(first, num_before + now.stop)
+        p = probabilities(rows(q, now), k[:, seen], now, first, documents)
+        block = (p @ v[:, seen]).view(q[..., now, :].shape)
         out[:, now] = block.permute(0, 3, 1, 2, 4)
     return out.flatten(2)
 
@@ -143,15 +144,15 @@ def blockwise_attention_backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
     num_before = k.size(1) - q.size(3)
-    for now in blocks(q.size(3)):
+    for now, first in blocks(q.size(3), documents):
         queries, gradients = rows(q, now), rows(gradient, now)
-        upto = slice(num_before + now.stop)
-        p = probabilities(queries, k[:, upto], now, documents)
-        dv[:, upto] += p.mT @ gradients
-        dp = gradients @ v[:, upto].mT
+        seen = slice(first, num_before + now.stop)
+        p = probabilities(queries, k[:, seen], now, first, documents)
+        dv[:, seen] += p.mT @ gradients
+        dp = gradients @ v[:, seen].mT
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-        dq[..., now, :] = (ds @ k[:, upto]).view(q[..., now, :].shape)
-        dk[:, upto] += ds.mT @ queries
+        dq[..., now, :] = (ds @ k[:, seen]).view(q[..., now, :].shape)
+        dk[:, seen] += ds.mT @ queries
     return dq.flatten(1, 2), (dk * scale).type_as(k).view(shape), dv.type_as(v).view(shape)
 
 
@@ -183,9 +184,17 @@ def by_group(x: Tensor, groups: int) -> Tensor:
     return x.view(len(x), groups, -1, *x.shape[2:])
 
 
-def blocks(length: int) -> Iterator[slice]:
-    """The blocks of the queries, as slices of T."""
-    return (slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
+def blocks(length: int, documents: Tensor | None) -> Iterator[tuple[slice, int]]:
+    """The blocks of the queries as slices of T, each with the first key that any of it sees."""
+    starts = range(0, length, BLOCK)
+    first = [0] * len(starts)
+    if documents is not None:
+        places = torch.arange(length, device=documents.device).expand_as(documents)
+        begins = documents[:, 1:] != documents[:, :-1]
+        own = F.pad(begins, (1, 0)).mul(places).cummax(dim=1).values  # Where its document begins.
+        first = own[:, ::BLOCK].amin(dim=0).tolist()
+    for start, key in zip(starts, first, strict=True):
+        yield slice(start, min(start + BLOCK, length)), key
 
 
 def rows(x: Tensor, now: slice) -> Tensor:
@@ -193,16 +202,16 @@ def rows(x: Tensor, now: slice) -> Tensor:
     return x[..., now, :].flatten(2, 3).flatten(0, 1)
 
 
-def probabilities(q: Tensor, k: Tensor, now: slice, documents: Tensor | None) -> Tensor:
-    """What each query of a block attends to: [B * G, R * Q, D] and [B * G, K, D] to
-    [B * G, R * Q, K].
+def probabilities(q: Tensor, k: Tensor, now: slice, first: int, documents: Tensor | None) -> Tensor:
+    """What each query of a block attends to among the keys from the first one that any of it
+    sees: [B * G, R * Q, D] and [B * G, K, D] to [B * G, R * Q, K].
     """
     size = now.stop - now.start
     scores = (q @ k.mT).view(len(q), -1, size, k.size(1))  # [B * G, R, Q, K]
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     scores[..., -size:].masked_fill_(future, -torch.inf)
     if documents is not None:
-        foreign = documents[:, now, None] != documents[:, None, : now.stop]  # [B, Q, K]
+        foreign = documents[:, now, None] != documents[:, None, first : now.stop]  # [B, Q, K]
         groups = len(scores) // len(documents)
         foreign = foreign.repeat_interleave(groups, dim=0)[:, None]
         scores.masked_fill_(foreign, -torch.inf)

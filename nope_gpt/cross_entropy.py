@@ -1,14 +1,18 @@
 """The loss of a tied head without its logits: scored, differentiated and dropped in chunks.
 
 The logits of all tokens are by far the largest tensor of a small model's training step.
-Here at most a chunk of them exists at a time, in float32, and since the loss is a sum its
-gradients are known at once, so nothing is computed twice.
+Here at most a chunk of them exists at a time, in float32. The gradients of a sum are known
+at once, so nothing is computed twice; for a loss of each token they are computed in the
+backward pass, from the scores anew.
+
+The vocabulary may come in parts, of which some are trained and others are not.
 
 Shapes: N tokens, C embedding dimensions, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,84 +28,136 @@ CACHED_BYTES = {"cpu": 4 << 20}
 """Of logits in float32 that a CPU takes at a time, so that its cache holds them throughout."""
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum the cross entropies of `softmax(hidden @ weight.T)`.
+def summed_cross_entropy(hidden: Tensor, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """Sum the cross entropies of `softmax(hidden @ cat(parts).T)`.
 
     Args:
         hidden: [N, C].
-        weight: Rows of the vocabulary [V, C]. The products run in autocast's dtype, if it is
-            on, the sums always in float32.
+        parts: Rows of the vocabulary, V together, each [., C]. The products run in autocast's
+            dtype, if it is on, the sums always in float32.
         targets: The right tokens [N], or `IGNORED`.
 
     Returns:
         The sum in nats [], float32.
     """
+    return _applied(SummedCrossEntropy, hidden, parts, targets).sum()
+
+
+def cross_entropies(hidden: Tensor, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """The cross entropy of each token, [N] in nats and float32; otherwise as their sum."""
+    return _applied(CrossEntropies, hidden, parts, targets)
+
+
+def _applied(function: Any, hidden: Tensor, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """Apply a function with autocast's dtype made explicit; without gradients, the losses [N]."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    needs_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *parts))
     with torch.autocast(device, enabled=False):
         if needs_gradients:
-            apply: Any = SummedCrossEntropy.apply
-            return apply(hidden, weight, targets)  # type: ignore[no-any-return]
-        return _sums(hidden, weight, targets, None, None)
+            return function.apply(hidden, targets, *parts)  # type: ignore[no-any-return]
+        return _losses(hidden, parts, targets, None)
 
 
 class SummedCrossEntropy(torch.autograd.Function):
     """Computes the gradients on the way forward, and scales them on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight) if needs_weight else None
-        loss = _sums(hidden, weight, targets, d_hidden, d_weight)
-        ctx.save_for_backward(d_hidden, d_weight)
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, *parts: Tensor) -> Tensor:
+        gradients = Gradients(ctx.needs_input_grad, hidden, parts)
+        loss = _losses(hidden, parts, targets, gradients).sum()
+        ctx.save_for_backward(gradients.hidden, *gradients.parts)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return (
-            None if d_hidden is None else d_hidden * scale.type_as(d_hidden),
-            None if d_weight is None else d_weight * scale,
-            None,
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, *d_parts = (
+            None if gradient is None else gradient * scale.type_as(gradient)
+            for gradient in ctx.saved_tensors
         )
+        return d_hidden, None, *d_parts
 
 
-def _sums(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    d_hidden: Tensor | None,
-    d_weight: Tensor | None,
+class CrossEntropies(torch.autograd.Function):
+    """Keeps its inputs, and scores them again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, targets, *parts)
+        return _losses(hidden, parts, targets, None)
+
+    @staticmethod
+    def backward(ctx: Any, scales: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, targets, *parts = ctx.saved_tensors
+        gradients = Gradients(ctx.needs_input_grad, hidden, parts, scales)
+        _losses(hidden, parts, targets, gradients)
+        return gradients.hidden, None, *gradients.parts
+
+
+class Gradients:
+    """Where the gradients go that are asked for: [N, C] and one like each part.
+
+    Args:
+        needed: For the hidden states, the targets, and each part.
+        hidden: [N, C].
+        parts: Of the vocabulary.
+        scales: What each token's loss counts [N], or None for one.
+    """
+
+    def __init__(
+        self,
+        needed: Sequence[bool],
+        hidden: Tensor,
+        parts: Sequence[Tensor],
+        scales: Tensor | None = None,
+    ) -> None:
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.parts = [
+            torch.zeros_like(part) if need else None
+            for part, need in zip(parts, needed[2:], strict=True)
+        ]
+        self.sizes = [len(part) for part in parts]
+        self.scales = scales
+
+    def add(self, chunk: slice, scores: Tensor, vocabulary: Tensor, hidden: Tensor) -> None:
+        """Take in a chunk: the gradient of its scores, and what they were the products of."""
+        if self.hidden is not None:
+            self.hidden[chunk] = scores @ vocabulary
+        for part, columns in zip(self.parts, torch.split(scores, self.sizes, dim=1), strict=True):
+            if part is not None:
+                part += columns.T @ hidden[chunk]
+
+
+def _losses(
+    hidden: Tensor, parts: Sequence[Tensor], targets: Tensor, gradients: Gradients | None
 ) -> Tensor:
-    """The loss, and its gradients [N, C] and [V, C] where they are to be filled in."""
-    vocabulary = weight.to(hidden.dtype)
-    rows = max(CACHED_BYTES.get(hidden.device.type, 1 << 40) // (4 * len(weight)), 1)
-    loss = torch.zeros((), device=hidden.device)
+    """The loss of each token [N], and the gradients where they are wanted."""
+    pieces = [part.to(hidden.dtype) for part in parts]
+    vocabulary = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    rows = max(CACHED_BYTES.get(hidden.device.type, 1 << 40) // (4 * len(vocabulary)), 1)
+    losses = torch.empty(len(hidden), device=hidden.device)
     for start in range(0, len(hidden), CHUNK):
         chunk = slice(start, start + CHUNK)
         scores = hidden[chunk] @ vocabulary.T
         for first in range(0, len(scores), rows):
-            part = slice(first, first + rows)
-            loss += _to_gradient(scores[part], targets[chunk][part])
-        if d_hidden is not None:
-            d_hidden[chunk] = scores @ vocabulary
-        if d_weight is not None:
-            d_weight += scores.T @ hidden[chunk]
-    return loss
+            some = slice(start + first, min(start + first + rows, start + CHUNK))
+            scales = gradients.scales[some] if gradients and gradients.scales is not None else None
+            losses[some] = _to_gradient(scores[first : first + rows], targets[some], scales)
+        if gradients:
+            gradients.add(chunk, scores, vocabulary, hidden)
+    return losses
 
 
-def _to_gradient(scores: Tensor, targets: Tensor) -> Tensor:
-    """Turn logits [N, V] into the gradient of their loss, in place; returns the loss [].
+def _to_gradient(scores: Tensor, targets: Tensor, scales: Tensor | None) -> Tensor:
+    """Turn logits [N, V] into the gradient of their losses, in place; returns those [N].
 
     The gradient is the probabilities, less one at the right token.
     """
-    kept = targets != IGNORED
+    kept = (targets != IGNORED).float()
     column = targets.clamp_min(0)[:, None]
     logs = torch.log_softmax(scores, dim=-1, dtype=torch.float32)
-    loss = logs.gather(1, column)[:, 0].mul(kept).sum().neg()
+    losses = logs.gather(1, column)[:, 0].mul(kept).neg()
     gradient = logs.exp_().scatter_add_(1, column, logs.new_full(column.shape, -1.0))
-    scores.copy_(gradient.mul_(kept[:, None]))
-    return loss
+    scores.copy_(gradient.mul_((kept if scales is None else kept * scales)[:, None]))
+    return losses

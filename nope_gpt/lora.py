@@ -2,19 +2,25 @@
 
 W' = W + alpha * B @ A, with A [rank, in] drawn and B [out, rank] zero at the start, on
 the six matrices of every layer, as the published chat model was tuned (Hu et al.,
-"LoRA", 2021, without its division by the rank).
+"LoRA", 2021, without its division by the rank). Beside them the last rows of the
+embedding may be trained, those of new tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nope_gpt.embedding import LastRowsEmbedding
 from nope_gpt.errors import UsageError
 from nope_gpt.model import NoPEGPT
+
+EMBEDDING = "token_embeddings"
 
 
 class LoRALinear(nn.Linear):
@@ -24,22 +30,29 @@ class LoRALinear(nn.Linear):
         linear: The layer to adapt; its weight is shared, not copied.
         rank: Rows of A and columns of B.
         alpha: Strength of the adapter.
+        dropout: Proportion of the adapter's inputs that training sets to zero.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         self.alpha = alpha
-        new = linear.weight.detach().new_empty
+        self.dropout = nn.Dropout(dropout)
+        self.is_active = True
+        new = linear.weight.detach().float().new_empty
         self.lora_a = nn.Parameter(new(rank, linear.in_features).normal_() / math.sqrt(rank))
         self.lora_b = nn.Parameter(new(linear.out_features, rank).zero_())
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        adapter = F.linear(F.linear(x, self.lora_a), self.lora_b)
-        return F.linear(x, self.weight) + self.alpha * adapter
+        own = F.linear(x, self.weight)
+        if not self.is_active:
+            return own
+        adapter = F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
+        return own + self.alpha * adapter
 
 
-def attach(model: NoPEGPT, *, rank: int, alpha: float) -> None:
+def attach(model: NoPEGPT, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
     """Adapt the six matrices of every layer, and train nothing but the adapters.
 
     Raises:
@@ -55,20 +68,50 @@ def attach(model: NoPEGPT, *, rank: int, alpha: float) -> None:
         for block in (layer.attention, layer.feed_forward):
             for name, module in list(block.named_children()):
                 if isinstance(module, nn.Linear):
-                    setattr(block, name, LoRALinear(module, rank, alpha))
+                    setattr(block, name, LoRALinear(module, rank, alpha, dropout))
+
+
+def train_last_rows(model: NoPEGPT, count: int) -> None:
+    """Train the last rows of the embedding, and so of the head, and none of the others."""
+    assert isinstance(model.token_embeddings, nn.Embedding)
+    model.token_embeddings = LastRowsEmbedding(model.token_embeddings, count)
+
+
+@contextmanager
+def left_out(model: NoPEGPT) -> Iterator[None]:
+    """Let a model compute as it did before it was tuned."""
+    parts = [m for m in model.modules() if isinstance(m, LoRALinear | LastRowsEmbedding)]
+    for part in parts:
+        part.is_active = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.is_active = True
 
 
 @torch.no_grad()
-def merged_state(model: NoPEGPT, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of a model with its adapters folded in; the model stays as it is.
+def merged(base: dict[str, Tensor], adapter: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Weights with an adapter folded in.
 
     Args:
-        model: With adapters.
-        state: Its weights by name, if they are not those that it has now.
+        base: Weights by name; they stay as they are.
+        adapter: `lora_a` and `lora_b` beside the names of matrices, the `rows` of the embedding,
+            and weights that replace those of their name.
+        alpha: Strength of the adapter.
+
+    Returns:
+        New weights for those that it changes, the others as they are.
     """
-    state = dict(state or model.state_dict())
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            a, b = state.pop(f"{name}.lora_a"), state.pop(f"{name}.lora_b")
-            state[f"{name}.weight"] = state[f"{name}.weight"] + module.alpha * (b @ a)
-    return state
+    result = dict(base)
+    for name, tensor in adapter.items():
+        module, _, part = name.rpartition(".")
+        weight = f"{module}.weight"
+        if part == "lora_a":
+            update = adapter[f"{module}.lora_b"].float() @ tensor.float()
+            result[weight] = (base[weight].float() + alpha * update).type_as(base[weight])
+        elif part == "rows":
+            result[weight] = torch.cat([base[weight][: -len(tensor)], tensor.type_as(base[weight])])
+        elif part != "lora_b":
+            result[name] = tensor.type_as(base[name])
+    return result

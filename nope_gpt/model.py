@@ -23,8 +23,9 @@ from nope_gpt.attention import Documents
 from nope_gpt.blocks import NORM_EPSILON, Decoder
 from nope_gpt.caching import KVCache, Reader, Reading
 from nope_gpt.config import ModelConfig, SamplingConfig
-from nope_gpt.cross_entropy import summed_cross_entropy
+from nope_gpt.cross_entropy import cross_entropies, summed_cross_entropy
 from nope_gpt.device import refuse_small_memory
+from nope_gpt.embedding import LastRowsEmbedding
 from nope_gpt.errors import UsageError
 from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
@@ -102,31 +103,40 @@ class NoPEGPT(nn.Module):
                 module.reset_parameters()
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        *,
+        each: bool = False,
     ) -> Tensor:
         """Compute logits, or the loss against targets.
 
         Args:
             tokens: Token ids [B, T].
             targets: The token after each one [B, T], `IGNORED` where nothing is trained.
-            documents: A number for each token [B, T]; no token sees one of another number.
+            documents: A number for each token [B, T]; no token sees one of another number, and
+                those of a number follow each other.
+            each: With targets, whether the cross entropy of each token is wanted.
 
         Returns:
-            Logits [B, T, V]; with targets, the sum of the cross entropies in nats [], for
-            which the logits are never held all at once.
+            Logits [B, T, V]; with targets, the sum of the cross entropies in nats [], or each
+            of them [B, T], for which the logits are never held all at once.
         """
         apart = None if documents is None else Documents.of(documents)
         hidden = self.decoder(self.token_embeddings(tokens), documents=apart)
         if targets is None:
             return self.logits(hidden)
-        return summed_cross_entropy(
-            self.norm(hidden).flatten(0, 1), self.token_embeddings.weight, targets.flatten()
-        )
+        hidden, head = self.norm(hidden).flatten(0, 1), self.token_embeddings
+        parts = head.parts if isinstance(head, LastRowsEmbedding) else (head.weight,)
+        if each:
+            return cross_entropies(hidden, parts, targets.flatten()).view_as(targets)
+        return summed_cross_entropy(hidden, parts, targets.flatten())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score every token of the vocabulary: [..., C] to [..., V]."""
         hidden, head = self.norm(hidden), self.token_embeddings
-        if isinstance(head, Int8Embedding):
+        if isinstance(head, Int8Embedding | LastRowsEmbedding):
             return head.logits(hidden)
         return F.linear(hidden, head.weight)
 

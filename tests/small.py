@@ -55,12 +55,17 @@ class Recorder(Listener):
     def __init__(self) -> None:
         self.reports: list[StepReport] = []
         self.notices: list[str] = []
+        self.samples: list[str] = []
 
     def stepped(self, report: StepReport) -> None:
         self.reports.append(report)
 
     def noticed(self, what: str) -> None:
         self.notices.append(what)
+
+    def sampled(self, step: int, text: str) -> None:
+        assert step >= 0
+        self.samples.append(text)
 
     @property
     def losses(self) -> list[float]:

@@ -22,7 +22,7 @@ FLOORS = [
     {"config"},
     {"hardware"},
     {"artifacts", "sizing", "memory", "sampling", "signals"},
-    {"device", "attention", "cross_entropy", "quantization"},
+    {"device", "attention", "cross_entropy", "quantization", "embedding"},
     {"caching"},
     {"blocks", "native", "generation"},
     {"remote"},
@@ -31,7 +31,7 @@ FLOORS = [
     {"tokenization"},
     {"model"},
     {"lora", "streaming", "beams", "data"},
-    {"evaluation", "chat", "batching"},
+    {"chat", "batching", "adapters"},
     {"training", "export"},
     {"cli"},
 ]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nope_gpt import cross_entropy
-from nope_gpt.cross_entropy import IGNORED, summed_cross_entropy
+from nope_gpt.cross_entropy import IGNORED, cross_entropies, summed_cross_entropy
 
 
 def drawn(seed: int, rows: int, width: int, vocabulary: int, ignored: float) -> list[Tensor]:
@@ -25,16 +25,21 @@ def drawn(seed: int, rows: int, width: int, vocabulary: int, ignored: float) -> 
     return [hidden.requires_grad_(), weight.requires_grad_(), targets]
 
 
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """With the vocabulary whole."""
+    return summed_cross_entropy(hidden, [weight], targets)
+
+
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logits = hidden.double() @ weight.double().T
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
 def compare(tensors: list[Tensor], tolerance: float) -> None:
-    ours = summed_cross_entropy(*tensors)
+    loss = ours(*tensors)
     truth = plain(*tensors)
-    torch.testing.assert_close(ours.double(), truth, rtol=tolerance, atol=tolerance)
-    got = torch.autograd.grad(ours * 0.7, tensors[:2])
+    torch.testing.assert_close(loss.double(), truth, rtol=tolerance, atol=tolerance)
+    got = torch.autograd.grad(loss * 0.7, tensors[:2])
     right = torch.autograd.grad(truth * 0.7, tensors[:2])
     for one, other in zip(got, right, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=10 * tolerance)
@@ -68,7 +73,7 @@ def test_only_what_is_trained_gets_a_gradient(trained: str) -> None:
     hidden, weight, targets = drawn(0, 9, 4, 7, 0.0)
     hidden.requires_grad_(trained == "hidden")
     weight.requires_grad_(trained == "weight")
-    loss = summed_cross_entropy(hidden, weight, targets)
+    loss = ours(hidden, weight, targets)
     torch.testing.assert_close(loss, plain(hidden, weight, targets).float())
     assert loss.requires_grad == (trained != "neither")
     if loss.requires_grad:
@@ -80,9 +85,9 @@ def test_only_what_is_trained_gets_a_gradient(trained: str) -> None:
 def test_without_gradients_the_loss_is_the_same() -> None:
     tensors = drawn(0, 50, 8, 61, 0.2)
     with torch.no_grad():
-        loss = summed_cross_entropy(*tensors)
+        loss = ours(*tensors)
     assert not loss.requires_grad
-    assert torch.equal(loss, summed_cross_entropy(*tensors).detach())
+    assert torch.equal(loss, ours(*tensors).detach())
 
 
 def test_in_bfloat16_the_mean_loss_is_right_to_a_thousandth() -> None:
@@ -90,7 +95,7 @@ def test_in_bfloat16_the_mean_loss_is_right_to_a_thousandth() -> None:
     tensors = drawn(0, 3000, 64, 5000, 0.1)
     count = int((tensors[2] != IGNORED).sum())
     with torch.autocast("cpu", torch.bfloat16):
-        loss = summed_cross_entropy(*tensors)
+        loss = ours(*tensors)
     assert loss.dtype == torch.float32
     rounded = [tensor.detach().bfloat16().double().requires_grad_() for tensor in tensors[:2]]
     truth = plain(*rounded, tensors[2])
@@ -99,6 +104,29 @@ def test_in_bfloat16_the_mean_loss_is_right_to_a_thousandth() -> None:
     right = torch.autograd.grad(truth, rounded)
     for one, other in zip(got, right, strict=True):
         assert (one.double() - other).norm() < 0.01 * other.norm()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 40), st.sampled_from([1, 4, 60]), st.integers(1, 12))
+def test_each_tokens_loss_counts_in_the_gradients_as_it_is_weighted(
+    seed: int, rows: int, split: int, chunk: int
+) -> None:
+    """With the vocabulary in two parts, of which the first is not trained."""
+    hidden, weight, targets = drawn(seed, rows, 8, 61, 0.3)
+    frozen, trained = weight.detach()[:split], weight.detach()[split:].requires_grad_()
+    scales = torch.randn(rows, generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "CHUNK", chunk)
+        losses = cross_entropies(hidden, [frozen, trained], targets)
+        got = torch.autograd.grad((losses * scales).sum(), [hidden, trained])
+    logits = hidden.double() @ torch.cat([frozen, trained]).double().T
+    truth = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(losses.double(), truth, rtol=1e-5, atol=1e-5)
+    right = torch.autograd.grad((truth * scales).sum(), [hidden, trained])
+    for one, other in zip(got, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    whole = summed_cross_entropy(hidden, [frozen, trained], targets)
+    torch.testing.assert_close(whole, losses.sum(), rtol=1e-5, atol=1e-4)
 
 
 def test_huge_logits_give_finite_losses_and_gradients() -> None:
@@ -127,5 +155,5 @@ def test_no_tensor_ever_holds_the_logits_of_more_than_a_chunk(
     monkeypatch.setattr(cross_entropy, "CHUNK", 64)
     tensors = drawn(0, 640, 4, 500, 0.0)
     with Largest() as largest:
-        summed_cross_entropy(*tensors).backward()
+        ours(*tensors).backward()
     assert largest.numbers == 64 * 500

@@ -247,7 +247,7 @@ def test_the_log_is_json_even_of_what_is_no_number(tmp_path: Path) -> None:
     log = RunLog(tmp_path, {})
     log.open(0)
     nan, inf = float("nan"), float("inf")
-    log.stepped(StepReport(1, nan, inf, 1e-3, 5.0, 5, 1.0))
+    log.stepped(StepReport(1, "Cross Entropy", nan, {}, inf, 1e-3, 5.0, 5, 1.0))
     log.ended()
 
     def refuse(name: str) -> None:

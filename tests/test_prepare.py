@@ -26,9 +26,10 @@ from nope_gpt.data import python_docs, reading, units
 from nope_gpt.data.commit import Prepared
 from nope_gpt.data.documents import Conversation
 from nope_gpt.data.encoding import encode_conversation, token_dtype
+from nope_gpt.data.mixture import mixture
 from nope_gpt.data.prepare import prepare
 from nope_gpt.data.schedule import Progress
-from nope_gpt.data.shards import Dataset, TokenStream, conversations
+from nope_gpt.data.shards import Dataset, TokenStream
 from nope_gpt.errors import Interrupted, MissingError, NopeError, UsageError
 from nope_gpt.memory import Message
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, encoding_of, resolve
@@ -242,7 +243,7 @@ def test_a_shard_of_conversations_has_their_mask(tmp_path: Path) -> None:
     mask = np.load(made.path / f"{stem(made.path)}.mask.npy", allow_pickle=False)
     assert mask.dtype == np.uint8
     tokenizer = ChatTokenizer.load(made.path)
-    documents = [shard.document(index) for shard, index in conversations(Dataset.open(made.path))]
+    documents = [s.document(index) for (s,), index in mixture(Dataset.open(made.path), "all", 0)]
     assert (
         sum(document.tokens.size for document in documents)
         == mask.size
@@ -494,6 +495,7 @@ import json, os, resource, signal, sys
 from pathlib import Path
 from nope_gpt.artifacts import verify
 from nope_gpt.config import PrepareConfig
+from nope_gpt.data.mixture import mixture
 from nope_gpt.data.prepare import prepare
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import NopeError
@@ -705,8 +707,8 @@ def test_sources_are_subsets_of_their_own(tmp_path: Path) -> None:
     config = PrepareConfig(dataset_path="root", token_encoding="bytes", name="both")
     (made,) = prepare(paths, config)
     assert [shard["source"] for shard in made.manifest["shards"]] == ["first", "second"]
-    found = list(conversations(Dataset.open(made.path), subsets="second"))
-    assert [shard.source for shard, _ in found] == ["second"]
+    found = list(mixture(Dataset.open(made.path), "second", 0))
+    assert [shard.source for (shard,), _ in found] == ["second"]
 
 
 def test_the_documentation_of_python_comes_back_from_its_tokens(tmp_path: Path) -> None:

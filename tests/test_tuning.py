@@ -1,130 +1,76 @@
-"""Tuning trains the answers alone, leaves its base alone, and merges exactly."""
+"""Tuning trains the answers alone, leaves its base alone, and goes on exactly."""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import byte_dataset, small_model, small_run
+from small import byte_dataset, small_run
+from small_chats import (
+    base_run,
+    dataset_of,
+    message,
+    preferences,
+    questions,
+    tuned,
+    tuning,
+    written,
+)
 
-from nope_gpt import lora
-from nope_gpt.config import PrepareConfig, TuneConfig
+from nope_gpt import adapters, lora
+from nope_gpt.config import PrepareConfig
 from nope_gpt.data.prepare import prepare
-from nope_gpt.errors import UsageError
+from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.locating import newest_checkpoint
-from nope_gpt.lora import LoRALinear
 from nope_gpt.model import NoPEGPT
-from nope_gpt.training.tuning import tune
+from nope_gpt.tokenization import ChatTokenizer
+from nope_gpt.training.objectives import CrossEntropy
+
+Nope = Callable[..., subprocess.CompletedProcess[str]]
 
 TOKENS = torch.arange(30).unsqueeze(0)
 
 
-def randomized(model: NoPEGPT, rank: int = 3, alpha: float = 0.7) -> NoPEGPT:
-    """Adapters as after some training: B is no longer zero."""
-    lora.attach(model, rank=rank, alpha=alpha)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, LoRALinear):
-                module.lora_b.normal_()
-    return model
-
-
-def test_fresh_adapters_change_nothing() -> None:
-    model = small_model()
-    before = model(TOKENS)
-    lora.attach(model, rank=4, alpha=1.0)
-    assert torch.equal(model(TOKENS), before)
-
-
-def test_merged_weights_compute_what_the_adapters_compute() -> None:
-    model = randomized(small_model())
-    merged = NoPEGPT.from_saved(model.saved(lora.merged_state(model)))
-    difference = (merged(TOKENS) - model(TOKENS)).abs().max()
-    assert difference < 1e-5 * model(TOKENS).abs().max()
-    assert (merged(TOKENS) - small_model()(TOKENS)).abs().max() > 0.1
-
-
-def test_an_adapter_adds_alpha_times_b_times_a() -> None:
-    model = small_model()
-    weight = model.decoder.layers[0].attention.q_proj.weight.clone()
-    randomized(model, rank=2, alpha=0.5)
-    adapted = model.decoder.layers[0].attention.q_proj
-    expected = weight + 0.5 * adapted.lora_b @ adapted.lora_a
-    state = lora.merged_state(model)
-    torch.testing.assert_close(state["decoder.layers.0.attention.q_proj.weight"], expected)
-
-
-def test_the_six_matrices_of_every_layer_are_adapted_and_nothing_else_is_trained() -> None:
-    model = small_model()
-    lora.attach(model, rank=2, alpha=1.0)
-    adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    assert len(adapted) == 6 * 2
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained == {f"{name}.lora_{part}" for name in adapted for part in "ab"}
-
-
-def test_adapters_are_attached_once() -> None:
-    model = small_model()
-    lora.attach(model, rank=2, alpha=1.0)
-    with pytest.raises(UsageError, match="has adapters already"):
-        lora.attach(model, rank=2, alpha=1.0)
-
-
-def test_a_rank_above_the_matrix_is_refused() -> None:
-    with pytest.raises(UsageError, match="--rank is 17, and the smallest matrix has rank 16"):
-        lora.attach(small_model(), rank=17, alpha=1.0)
-
-
 @pytest.fixture
 def base(corpus: Path, tmp_path: Path) -> Path:
-    """A run of a small base model."""
-    small_run(byte_dataset(corpus, tmp_path / "text"), tmp_path / "runs", max_steps=2)
-    return tmp_path / "runs" / "pretrain"
+    return base_run(corpus, tmp_path)
 
 
 @pytest.fixture
 def chats(base: Path, tmp_path: Path) -> Path:
-    """A data set of small conversations in the base's tokenizer."""
-    file = tmp_path / "chats.jsonl"
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {number}?"},
-                {"role": "assistant", "content": f"It is the number {number}."},
-            ]
-        }
-        for number in range(30)
+    return dataset_of(questions(30), base, tmp_path)
+
+
+def files_of(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a checkpoint, file by file."""
+    return {file.name: load_file(file) for file in checkpoint.glob("*.safetensors")}
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """Which files of the newest checkpoints of two runs differ in a bit."""
+    ours, theirs = (files_of(newest_checkpoint(path / "checkpoints")) for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    return [
+        name
+        for name in ours
+        if ours[name].keys() != theirs[name].keys()
+        or not all(torch.equal(ours[name][key], theirs[name][key]) for key in ours[name])
     ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = PrepareConfig(
-        dataset_path=str(tmp_path / "chat"), token_encoding=str(base), holdout_fraction=0.1
-    )
-    return prepare([str(file)], settings)[0].path
-
-
-def settings(base: Path, chats: Path, root: Path, **changes: Any) -> TuneConfig:
-    torch.set_num_threads(1)
-    values = {
-        "model": str(base),
-        "dataset_path": str(chats),
-        "run_dir_path": str(root),
-        "batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "num_epochs": 2,
-        "device": "cpu",
-        "seed": 0,
-    }
-    return TuneConfig(**values | changes)
 
 
 def test_tuning_never_touches_its_base(base: Path, chats: Path, tmp_path: Path) -> None:
     before = {file: file.read_bytes() for file in base.rglob("*") if file.is_file()}
-    run = tune(settings(base, chats, tmp_path / "runs"), [])
+    run, _ = tuned(base, chats, tmp_path / "runs")
     assert run == tmp_path / "runs" / "tune"
     assert before == {file: file.read_bytes() for file in base.rglob("*") if file.is_file()}
 
@@ -132,48 +78,193 @@ def test_tuning_never_touches_its_base(base: Path, chats: Path, tmp_path: Path) 
 def test_a_tuned_checkpoint_is_the_model_with_its_adapters_folded_in(
     base: Path, chats: Path, tmp_path: Path
 ) -> None:
-    run = tune(settings(base, chats, tmp_path / "runs"), [])
+    run, _ = tuned(base, chats, tmp_path / "runs")
     checkpoint = newest_checkpoint(run / "checkpoints")
     model = NoPEGPT.from_pretrained(base)
     model.resize_token_embeddings(261)
     lora.attach(model, rank=8, alpha=1.0)
-    model.load_state_dict(load_file(checkpoint / "adapter.safetensors"), strict=False)
+    lora.train_last_rows(model, 4)
+    model.load_state_dict(adapters.load(checkpoint).tensors, strict=False)
     merged = NoPEGPT.from_pretrained(run)
     assert merged.vocabulary_size == 261
     difference = (merged(TOKENS) - model(TOKENS)).abs().max()
     assert difference < 1e-5 * merged(TOKENS).abs().max()
-    original = NoPEGPT.from_pretrained(base).state_dict()
-    for name, tensor in merged.state_dict().items():
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("embeddings", ["new", "all", "none"])
+def test_only_what_is_to_be_trained_moves_by_a_bit(
+    base: Path, chats: Path, tmp_path: Path, embeddings: str, optimizer: str
+) -> None:
+    """Weight decay, and what Adafactor knows of rows and columns, reach nothing else."""
+    changes = {"embeddings": embeddings, "optimizer": optimizer, "weight_decay": 0.1}
+    run, _ = tuned(base, chats, tmp_path / "runs", num_epochs=1, **changes)
+    before = tuning(base, chats).saved.state
+    for name, weight in NoPEGPT.from_pretrained(run).state_dict().items():
         if name.endswith("norm.weight"):
-            assert torch.equal(tensor, original[name])
-        elif "embeddings" not in name:
-            assert not torch.equal(tensor, original[name])
+            assert torch.equal(weight, before[name])
+        elif name != "token_embeddings.weight":
+            assert not torch.equal(weight, before[name])
+            continue
+        moved = (weight != before[name]).any(dim=-1)
+        expected = {
+            "new": [*[False] * 257, *[True] * 4],
+            "all": [True] * 261,
+            "none": [False] * 261,
+        }
+        if name == "token_embeddings.weight":
+            assert moved.tolist() == expected[embeddings]
 
 
-def test_a_resumed_tuning_is_bitwise_the_uninterrupted_one(
+def test_full_tuning_moves_every_weight_and_keeps_no_adapter(
     base: Path, chats: Path, tmp_path: Path
 ) -> None:
-    tune(settings(base, chats, tmp_path / "whole"), [])
-    tune(settings(base, chats, tmp_path / "parts"), [])
-    last = newest_checkpoint(tmp_path / "parts" / "tune" / "checkpoints")
-    for file in last.iterdir():
+    run, recorder = tuned(base, chats, tmp_path / "runs", full=True, learning_rate=None)
+    before = tuning(base, chats).saved.state
+    weights = NoPEGPT.from_pretrained(run).state_dict()
+    assert not any(torch.equal(weight, before[name]) for name, weight in weights.items())
+    assert recorder.reports[-1].learning_rate < 1e-4, "a tenth of what adapters are trained with"
+    assert not (newest_checkpoint(run / "checkpoints") / adapters.TENSORS).exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"packing": False}, {"full": True}, {"dropout": 0.3}, {"embeddings": "all"}]
+)
+def test_a_resumed_tuning_is_bitwise_the_uninterrupted_one(
+    base: Path, chats: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    whole, _ = tuned(base, chats, tmp_path / "whole", **changes)
+    parts, _ = tuned(base, chats, tmp_path / "parts", **changes)
+    for file in newest_checkpoint(parts / "checkpoints").iterdir():
         file.unlink()
-    tune(settings(base, chats, tmp_path / "parts"), [], resume=True)
-    for name in ("model", "adapter", "optimizer"):
-        one, other = (
-            load_file(tmp_path / root / "tune" / "checkpoints" / last.name / f"{name}.safetensors")
-            for root in ("whole", "parts")
+    tuned(base, chats, tmp_path / "parts", resume=True, **changes)
+    assert differing(whole, parts) == []
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_no_bit(base: Path, chats: Path, tmp_path: Path) -> None:
+    """R1, of whole processes that tune."""
+    steps = ["--num-epochs=200", "--checkpoint-interval=5", "--gradient-accumulation-steps=2"]
+    places = [f"--model={base}", f"--dataset-path={chats}", "--batch-size=4", "--seed=0"]
+    command = [sys.executable, "-m", "nope_gpt.cli", "tune", *places, *steps]
+    command += ["--device=cpu", "--precision=float32", "--resume"]
+
+    def start(root: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*command, f"--run-dir-path={root}"],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
+
+    assert start("whole").wait(timeout=120) == 0
+    draw = random.Random(0)
+    kills = 0
+    while kills < 5:
+        process = start("parts")
+        time.sleep(draw.uniform(3.0, 6.0))
+        kills += process.poll() is None
+        process.kill()
+        if process.wait() == 0:
+            break
+    assert kills >= 3
+    assert start("parts").wait(timeout=120) == 0
+    assert differing(tmp_path / "whole" / "tune", tmp_path / "parts" / "tune") == []
 
 
-def test_tuning_learns_the_answers(base: Path, chats: Path, tmp_path: Path) -> None:
-    run = tune(settings(base, chats, tmp_path / "runs", num_epochs=12, eval_interval=6), [])
+def test_packed_conversations_are_trained_on_as_padded_ones_are(
+    base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Whichever way they lie, and whatever the size of a micro-batch."""
+    ways: list[dict[str, Any]] = [
+        {},
+        {"packing": False},
+        {"batch_size": 8, "gradient_accumulation_steps": 1},
+        {"batch_size": 1, "gradient_accumulation_steps": 8, "max_tokens_per_sample": 150},
+    ]
+    losses = [
+        tuned(base, chats, tmp_path / str(number), **way)[1].losses
+        for number, way in enumerate(ways)
+    ]
+    assert len(losses[0]) == 8
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_packed_conversation_has_the_loss_and_the_gradients_that_it_has_alone(
+    base: Path, chats: Path
+) -> None:
+    task = tuning(base, chats)
+    model, objective = task.model(torch.float32), CrossEntropy()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for module in model.modules():
+        if isinstance(module, lora.LoRALinear):
+            torch.nn.init.normal_(module.lora_b, std=0.1)
+    samples = task.batches.train[:7]
+    (together,) = task.batches.batches(samples, 0, 1)
+    assert together.tokens.size(0) == 1
+    loss = objective.outcome(model, together).loss
+    alone = torch.zeros(())
+    for sample in samples:
+        (batch,) = task.batches.batches([sample], 0, 1)
+        alone = alone + objective.outcome(model, batch._replace(documents=None)).loss
+    torch.testing.assert_close(loss, alone, rtol=1e-5, atol=0)
+    pairs = zip(
+        torch.autograd.grad(loss, weights), torch.autograd.grad(alone, weights), strict=True
+    )
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("level", "objective"), [(0, "sft"), (3, "sft"), (2, "dpo")])
+def test_two_ranks_tune_as_one_does(
+    base: Path, chats: Path, tmp_path: Path, level: int, objective: str
+) -> None:
+    data = chats if objective == "sft" else dataset_of(preferences(30), base, tmp_path, "pairs")
+    _, alone = tuned(base, data, tmp_path / "one")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "nope_gpt.cli", "tune", f"--model={base}", f"--dataset-path={data}"),
+            *("--batch-size=4", "--gradient-accumulation-steps=2", "--learning-rate=0.01"),
+            *("--device=cpu", "--precision=float32", "--seed=0", f"--ddp-sharding-level={level}"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = map(json.loads, (tmp_path / "runs" / "tune" / "metrics.jsonl").read_text().splitlines())
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses == pytest.approx(alone.losses, rel=1e-4)
+    one, two = (
+        NoPEGPT.from_pretrained(path / "tune") for path in (tmp_path / "one", tmp_path / "runs")
+    )
+    for name, weight in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], weight, rtol=0, atol=1e-3)
+
+
+def test_tuning_learns_the_answers_and_shows_them_before_and_after(
+    base: Path, chats: Path, tmp_path: Path
+) -> None:
+    changes = {"num_epochs": 40, "eval_interval": 20, "checkpoint_interval": 40, "full": True}
+    run, recorder = tuned(base, chats, tmp_path / "runs", **changes)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    assert len(held_out) == 2
-    assert held_out[1] < held_out[0] < 5.6
+    assert len(held_out) == 3
+    assert held_out[2] < held_out[1] < held_out[0]
+    assert held_out[2] < 1.5
+    first, last = recorder.samples[0], recorder.samples[-1]
+    assert len(recorder.samples) == 3
+    for text in (first, last):
+        assert text.count("<|im_start|>user\nWhat is ") == 2
+    assert "It is the number" not in first
+    assert "It is the number" in last
 
 
 def test_a_base_with_another_tokenizer_is_refused_by_name(
@@ -183,19 +274,80 @@ def test_a_base_with_another_tokenizer_is_refused_by_name(
     other = prepare([str(corpus)], text)[0].path
     small_run(other, tmp_path / "others", max_steps=1)
     with pytest.raises(UsageError, match="the model's tokenizer is bpe-270, and the data set's"):
-        tune(settings(tmp_path / "others" / "pretrain", chats, tmp_path / "runs"), [])
+        tuned(tmp_path / "others" / "pretrain", chats, tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"dataset_subset": "chats@10"}, "the subsets changed"),
+        ({"embeddings": "all"}, "the embeddings changed"),
+        ({"full": True}, "the adapter changed"),
+        ({"rank": 4}, "the adapter changed since the run began: rank: it was 8, and is now 4"),
+    ],
+)
+def test_what_a_run_trains_cannot_change_on_resume(
+    base: Path, chats: Path, tmp_path: Path, changes: dict[str, Any], what: str
+) -> None:
+    tuned(base, chats, tmp_path / "runs", num_epochs=1)
+    with pytest.raises(UsageError, match=what):
+        tuned(base, chats, tmp_path / "runs", resume=True, **changes)
 
 
 def test_another_base_is_refused_on_resume(
     base: Path, chats: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    tune(settings(base, chats, tmp_path / "runs", num_epochs=1), [])
+    tuned(base, chats, tmp_path / "runs", num_epochs=1)
     small_run(byte_dataset(corpus, tmp_path / "t"), tmp_path / "others", max_steps=1, seed=5)
     with pytest.raises(UsageError, match="the base model changed"):
-        tune(settings(tmp_path / "others" / "pretrain", chats, tmp_path / "runs"), [], resume=True)
+        tuned(tmp_path / "others" / "pretrain", chats, tmp_path / "runs", resume=True)
 
 
 def test_a_chat_model_can_be_tuned_again(base: Path, chats: Path, tmp_path: Path) -> None:
-    first = tune(settings(base, chats, tmp_path / "runs", num_epochs=1), [])
-    again = tune(settings(first, chats, tmp_path / "runs", num_epochs=1, run_name="again"), [])
+    first, _ = tuned(base, chats, tmp_path / "runs", num_epochs=1)
+    again, _ = tuned(first, chats, tmp_path / "runs", num_epochs=1, run_name="again")
     assert NoPEGPT.from_pretrained(again).vocabulary_size == 261
+
+
+def test_data_without_an_answer_within_the_limit_are_refused_with_their_places(
+    base: Path, tmp_path: Path
+) -> None:
+    rows = [{"messages": [message("user", "x" * 90), message("assistant", "y")]}] * 3
+    data = dataset_of(rows, base, tmp_path)
+    with pytest.raises(NopeError, match="no conversation can be trained on: 3 have no answer"):
+        tuned(base, data, tmp_path / "runs", max_tokens_per_sample=50)
+
+
+def test_a_share_of_a_subset_is_drawn_by_the_seed(base: Path, chats: Path) -> None:
+    def chosen(**changes: Any) -> list[int]:
+        batches = tuning(base, chats, **changes).batches
+        return [hash(sample[0].tokens.tobytes()) for sample in batches.train]
+
+    everything = chosen()
+    half = chosen(dataset_subset="all:0.5")
+    assert len(half) == round(len(everything) / 2)
+    assert set(half) < set(everything)
+    assert chosen(dataset_subset="chats:0.5") == half
+    assert chosen(dataset_subset="chats:0.5", seed=1) != half
+    assert len(chosen(dataset_subset="chats:0.5@3")) == 3
+    with pytest.raises(UsageError, match="is no share of it"):
+        chosen(dataset_subset="chats:2")
+
+
+def test_a_file_is_prepared_first_with_the_tokenizer_of_the_model(
+    base: Path, tmp_path: Path, nope: Nope
+) -> None:
+    source = written(questions(20), tmp_path / "mine.jsonl")
+    command = ["tune", "--model", base, "--dataset", source, "--max-steps=1", "--device=cpu"]
+    done = nope(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"preparing {source} with the tokenizer of {base}" in done.stderr
+    assert "20 conversations" in done.stderr or "held out)" in done.stderr
+    assert (tmp_path / "datasets" / "mine-bytes" / "manifest.json").is_file()
+    assert ChatTokenizer.load(newest_checkpoint(tmp_path / "runs" / "tune" / "checkpoints"))
+    again = nope(*command, "--run-name=again", "--gpus=2", "--gradient-accumulation-steps=2")
+    assert again.returncode == 0, again.stderr
+    (tmp_path / "prose.txt").write_text("Nobody answers here. " * 20)
+    refused = nope("tune", "--model", base, "--dataset", "prose.txt")
+    assert refused.returncode == 2
+    assert "this holds text, and no conversations" in refused.stderr

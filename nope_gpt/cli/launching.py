@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from nope_gpt.cli.options import option
 from nope_gpt.cli.terminal import say
@@ -23,8 +24,13 @@ GPUS = option(
 )
 
 
-def launch(config: TrainingConfig, count: int) -> None:
+def launch(config: TrainingConfig, count: int, more: Sequence[str] = ()) -> None:
     """Run this very command line as several ranks, and end as they end.
+
+    Args:
+        config: Its settings.
+        count: Ranks.
+        more: To put behind the command line.
 
     Raises:
         UsageError: There are too few GPUs, the ranks could not do what is asked, or torchrun
@@ -56,7 +62,7 @@ def launch(config: TrainingConfig, count: int) -> None:
         max_restarts=0,
         signals_to_handle=",".join(number.name for number in ENDING),
     )
-    command = [sys.executable, "-u", "-m", "nope_gpt.cli", *without_gpus(sys.argv[1:])]
+    command = [sys.executable, "-u", "-m", "nope_gpt.cli", *without_gpus(sys.argv[1:]), *more]
     try:
         elastic_launch(ranks, entrypoint=command[0])(*command[1:])
     except SignalException as error:

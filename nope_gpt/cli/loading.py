@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from nope_gpt import hub
+from nope_gpt import adapters, hub
 from nope_gpt.cli.terminal import say, waiting
 from nope_gpt.config import GenerateConfig, SamplingConfig
 from nope_gpt.device import draw_seed, has_bfloat16, resolve_device, seed_of
@@ -30,7 +30,9 @@ def open_model(config: SamplingConfig, command: str) -> tuple[NoPEGPT, BaseToken
     device = resolve_device(config.device)
     with waiting(f"loading {config.model}"):
         directory = locate(config.model, partial(say, style="yellow"))
-        model = in_dtype(NoPEGPT.from_saved(hub.load(directory)), config.dtype, device).to(device)
+        chosen = [adapters.place_of(name) for name in config.adapter]
+        saved = adapters.folded(hub.load(directory), directory, chosen)
+        model = in_dtype(NoPEGPT.from_saved(saved), config.dtype, device).to(device)
         tokenizer = tokenizer_of(BaseTokenizer.load(directory), model.vocabulary_size)
     torch.manual_seed(draw_seed() if config.seed is None else config.seed)
     length = model.trained_context_length

@@ -62,8 +62,6 @@ def normalize(arguments: list[str]) -> list[str]:
         flag = flag.replace("_", "-")
         if flag in RETIRED:
             fail(UsageError(f"--{flag} is gone: {RETIRED[flag]}"))
-        if flag == "dropout" and command == "tune":
-            fail(UsageError("tune has no --dropout: the base model's own applies"))
         if flag == "checkpoint-path" and command in ("generate", "chat"):
             flag = "model"
         following = next(iter(arguments[index + 1 :]), "-")

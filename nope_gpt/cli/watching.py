@@ -49,7 +49,7 @@ class Watcher(Listener):
         """Show the loss of the hold-out."""
         self.line(
             f"step {report.step}: hold-out loss {report.loss:.3f}, "
-            f"perplexity {report.perplexity:,.1f} ({report.tokens:,} tokens)"
+            f"{', '.join(figures_in_words(report.told))} ({report.tokens:,} tokens)"
         )
 
     def saved(self, checkpoint: Path) -> None:
@@ -61,8 +61,8 @@ class Watcher(Listener):
         self.line(what, style="yellow")
 
     def sampled(self, step: int, text: str) -> None:
-        """Show what the model made of a text, on a terminal."""
-        if self.bar:
+        """Show what the model made of texts: answers always, a text on a terminal."""
+        if self.bar or self.title == "tune":
             self.line(f"step {step}: {text}", style="italic")
 
     def rewound(self, step: int) -> None:
@@ -81,11 +81,19 @@ class Watcher(Listener):
             self.bar.stop()
 
 
+def figures_in_words(figures: dict[str, float]) -> list[str]:
+    """Figures as people read them: large ones with one digit, small ones with three."""
+    return [
+        f"{name.lower()} {value:,.1f}" if name == "Perplexity" else f"{name.lower()} {value:.3f}"
+        for name, value in figures.items()
+    ]
+
+
 def figures_of(report: StepReport) -> str:
     """The figures of a step in a line: loss, perplexity, speed, utilization and memory."""
     figures = [
         f"loss {report.loss:.3f}",
-        f"perplexity {report.perplexity:,.1f}",
+        *figures_in_words(report.told),
         f"{report.tokens_per_second:,.0f} tok/s",
         "MFU n/a" if report.utilization is None else f"MFU {report.utilization:.0%}",
     ]

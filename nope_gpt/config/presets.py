@@ -84,6 +84,6 @@ PRESETS: dict[type[Knobs], dict[str, dict[str, Any]]] = {
             "learning_rate": 2e-3,
             "num_epochs": 1,
         },
-        "seed": SEED_RECIPE,
+        "seed": {**SEED_RECIPE, "embeddings": "all", "packing": False},
     },
 }

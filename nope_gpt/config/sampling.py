@@ -21,6 +21,12 @@ class SamplingConfig(Knobs):
         panel=MODEL,
         shown_default="required",
     )
+    adapter: tuple[str, ...] = knob(
+        (),
+        "Adapter to fold into the model: a run of `nope tune`, or a checkpoint of one; may be "
+        "given again, the older one first.",
+        panel=MODEL,
+    )
     max_tokens: int = knob(2000, "Tokens to generate, at most.", panel=SAMPLING, minimum=1)
     context_length: int = knob(
         4096, "Tokens that the model may look back on.", panel=SAMPLING, minimum=1

@@ -181,7 +181,12 @@ class TrainingConfig(Knobs):
 
     @property
     def peak_learning_rate(self) -> float:
-        return self.learning_rate or LEARNING_RATES[self.optimizer]
+        return self.learning_rate or self.default_learning_rate
+
+    @property
+    def default_learning_rate(self) -> float:
+        """What is taken if none is given."""
+        return LEARNING_RATES[self.optimizer]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,7 +272,8 @@ class TuneConfig(TrainingConfig):
     )
     dataset_subset: str = knob(
         "all",
-        "Comma-separated subsets of the data set (a source file's name without its suffix).",
+        "Comma-separated subsets of the data set (a source file's name without its suffix), "
+        "NAME:0.5 for half of one, NAME@1000 for at most so many conversations.",
         panel=DATA,
     )
     max_tokens_per_sample: int = knob(
@@ -285,6 +291,12 @@ class TuneConfig(TrainingConfig):
         panel=DATA,
         minimum=1,
     )
+    packing: bool = knob(
+        True,
+        "Lay conversations end to end, each apart from the others, as many as fit into the "
+        "tokens of a batch; otherwise pad them to the longest.",
+        panel=DATA,
+    )
     gradient_accumulation_steps: int = knob(
         64,
         "Batches for each update of the weights, over all ranks.",
@@ -293,6 +305,14 @@ class TuneConfig(TrainingConfig):
     )
     optimizer: str = knob(
         "adamw", OPTIMIZER_HELP, panel=OPTIMIZATION, choices=tuple(LEARNING_RATES)
+    )
+    learning_rate: float | None = knob(
+        None,
+        "Peak learning rate.",
+        panel=OPTIMIZATION,
+        above=0.0,
+        shown_default="muon 2e-2, adamw 1e-3, adafactor 1e-2; a tenth with --full; a tenth with "
+        "dpo",
     )
     num_epochs: int = knob(2, "Passes over the data.", panel=OPTIMIZATION, minimum=1)
     max_steps: int | None = knob(
@@ -312,6 +332,38 @@ class TuneConfig(TrainingConfig):
         8, "Rank of the decomposition matrices.", panel=LORA, minimum=1, maximum=1 << 16
     )
     alpha: float = knob(1.0, "Strength of the LoRA signal: W + alpha * B * A.", panel=LORA)
+    dropout: float = knob(
+        0.0,
+        "Proportion of the adapters' inputs that training sets to zero; with --full, of the "
+        "signals in the network.",
+        panel=LORA,
+        minimum=0.0,
+        below=1.0,
+    )
+    embeddings: str = knob(
+        "new",
+        "Rows of the embedding, and so of the head, to train: new ones, those of the four control "
+        "tokens; all; or none.",
+        panel=LORA,
+        choices=("new", "all", "none"),
+    )
+    full: bool = knob(False, "Train all weights, and no adapters.", panel=LORA)
+    objective: str = knob(
+        "auto",
+        "sft trains on the answers, of a pair on the better one; dpo to prefer the better answer; "
+        "auto takes dpo for pairs.",
+        panel=OPTIMIZATION,
+        choices=("auto", "sft", "dpo"),
+    )
+    beta: float = knob(
+        0.1,
+        "With dpo, how dear it is to move away from the base model.",
+        panel=OPTIMIZATION,
+        above=0.0,
+    )
+    length_normalized: bool = knob(
+        False, "With dpo, compare log-probabilities by token.", panel=OPTIMIZATION
+    )
     eval_interval: int = knob(
         1, "Evaluate on the hold-out every this many epochs.", panel=EVALUATION, minimum=1
     )
@@ -319,3 +371,9 @@ class TuneConfig(TrainingConfig):
         1, "Save a checkpoint every this many epochs.", panel=EVALUATION, minimum=1
     )
     run_name: str = knob("tune", "Name of the run in the root.", panel=RUN)
+
+    @property
+    def default_learning_rate(self) -> float:
+        """Adapters begin at nothing and move fast; whole weights, and preferences, do not."""
+        rate = LEARNING_RATES[self.optimizer]
+        return rate * (0.1 if self.full else 1.0) * (0.1 if self.objective == "dpo" else 1.0)

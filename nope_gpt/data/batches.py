@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nope_gpt.cross_entropy import IGNORED
-from nope_gpt.data.encoding import EncodedDocument, Tokens, cut, is_trained
+from nope_gpt.data.encoding import Tokens
 from nope_gpt.data.ordering import shuffled
-from nope_gpt.data.shards import Dataset, TokenStream, conversations
+from nope_gpt.data.shards import Dataset, TokenStream
 from nope_gpt.errors import NopeError
 
 T = TypeVar("T")
@@ -158,113 +158,16 @@ class TextBatches:
         return result._replace(documents=torch.from_numpy(documents))
 
 
-class ChatBatches:
-    """Conversations padded to the longest of their micro-batch.
-
-    A pass ends with a smaller step, so that no step mixes two passes.
-
-    Args:
-        dataset: Of conversations.
-        subsets: Comma-separated names, or "all".
-        max_tokens_per_sample: Longer conversations lose their last turns.
-        filter_long_samples: Leave them out instead.
-        message_start: The control token that begins a message.
-        batch_size: B.
-        micro_batches_per_step: Over all ranks.
-        seed: Of the order.
-
-    Raises:
-        NopeError: No conversation can be trained on.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        subsets: str,
-        max_tokens_per_sample: int,
-        filter_long_samples: bool,
-        message_start: int,
-        batch_size: int,
-        micro_batches_per_step: int,
-        seed: int,
-    ) -> None:
-        self.limit = max_tokens_per_sample
-        self.message_start = message_start
-        self.batch_size = batch_size
-        self.samples_per_step = batch_size * micro_batches_per_step
-        self.seed = seed
-        self.num_cut = 0
-        self.num_refused = 0
-        self.train = self.usable(dataset, False, subsets, filter_long_samples)
-        self.held_out = self.usable(dataset, True, subsets, filter_long_samples)
-        if not self.train:
-            raise NopeError(
-                f"no conversation can be trained on: {self.num_refused:,} have no answer within "
-                f"{self.limit:,} tokens or are filtered out",
-                where=str(dataset.path),
-                hint="raise --max-tokens-per-sample",
-            )
-
-    def usable(
-        self, dataset: Dataset, holdout: bool, subsets: str, filter_long: bool
-    ) -> list[EncodedDocument]:
-        """The conversations to train on, cut to whole turns; those without an answer counted."""
-        result = []
-        for shard, index in conversations(dataset, holdout=holdout, subsets=subsets):
-            document = shard.document(index)
-            is_long = document.tokens.size > self.limit + 1
-            if is_long:
-                document = cut(document, self.limit + 1, self.message_start)
-            if (is_long and filter_long) or not is_trained(document):
-                self.num_refused += 1
-            else:
-                self.num_cut += is_long
-                result.append(document)
-        return result
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.train)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.num_samples // self.samples_per_step)
-
-    def sample_indices(self, step: int) -> NDArray[np.int64]:
-        """Which conversations a step trains on, in order."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        first = place * self.samples_per_step
-        last = min(first + self.samples_per_step, self.num_samples)
-        drawn = np.arange(first, last, dtype=np.int64)
-        return shuffled(drawn, self.num_samples, self.seed, epoch)
-
-    def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
-        """The micro-batches of this rank in a step; empty ones fill up the last of a pass."""
-        indices = self.sample_indices(step).tolist()
-        groups = groups_of(indices, self.batch_size, rank, world_size)
-        return [self.batch([self.train[index] for index in group]) for group in groups]
-
-    def holdout(self, limit: int, rank: int, world_size: int) -> Iterator[Batch]:
-        """The held-out conversations."""
-        documents = self.held_out[:limit]
-        for group in groups_of(documents, self.batch_size, rank, world_size):
-            yield self.batch(group)
-
-    def batch(self, documents: Sequence[EncodedDocument]) -> Batch:
-        longest = max((document.tokens.size - 1 for document in documents), default=1)
-        return batch_of(
-            [document.tokens for document in documents],
-            longest,
-            [document.mask for document in documents],
-        )
-
-
 def groups_of(items: Sequence[T], size: int, rank: int, world_size: int) -> list[Sequence[T]]:
     """This rank's share of items in groups; every rank has as many groups, some empty."""
     groups: list[Sequence[T]] = [items[i : i + size] for i in range(0, len(items), size)]
-    groups += [[]] * (-len(groups) % world_size)
-    return groups[rank::world_size]
+    return share_of(groups, rank, world_size)
+
+
+def share_of(groups: list[Sequence[T]], rank: int, world_size: int) -> list[Sequence[T]]:
+    """This rank's share of groups; every rank has as many of them, some empty."""
+    idle: list[Sequence[T]] = [[]] * (-len(groups) % world_size)
+    return [*groups, *idle][rank::world_size]
 
 
 def batch_of(

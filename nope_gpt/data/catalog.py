@@ -16,6 +16,7 @@ from typing import Any
 from nope_gpt.data.documents import MESSAGES, PAIRS, Schema
 from nope_gpt.data.downloads import Remote
 from nope_gpt.data.reading import SUFFIXES
+from nope_gpt.data.sources import named_share
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 from nope_gpt.remote import contacting
 
@@ -325,8 +326,7 @@ def choose(collections: list[Collection], wanted: str | None) -> Choice:
     """
     chosen: Choice = {item.repo_id: [] for item in collections}
     for word in (wanted or "").split(","):
-        match = re.fullmatch(r"\s*([^:@]*?)\s*((?:[:@].*)?)", word)
-        name, share = (match[1], match[2]) if match else (word, "")
+        name, share = named_share(word)
         if not name and not share:
             continue
         owners = [(item, item.subset(name)) for item in collections]

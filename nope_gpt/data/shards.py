@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from nope_gpt.artifacts import MANIFEST, array_file, read_manifest
 from nope_gpt.data.documents import CHAT, PREFERENCE, TEXT
 from nope_gpt.data.encoding import EncodedDocument, Tokens
-from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.errors import NopeError, UsageError
 
 NEEDED = {"content": str, "tokenizer": dict, "shards": list}
 TOLD = {"token_dtype": str, "statistics": dict, "made_with": list, "recipe": dict}
@@ -153,6 +153,12 @@ class Shard:
                 where=str(self.directory / f"{self.name}.tokens.npy"),
             )
         return tokens
+
+    def split(self, holdout: bool) -> tuple[int, int]:
+        """The first document to train on, or of those held out, and the one after the last."""
+        if holdout:
+            return self.train_documents, self.num_documents
+        return 0, self.train_documents
 
     def document(self, index: int) -> EncodedDocument:
         start = int(self.ends[index - 1]) if index else 0
@@ -293,28 +299,3 @@ class TokenStream:
             end = min(begin + count, last)
             yield shard, begin, end
             start, count, index = start + end - begin, count - (end - begin), index + 1
-
-
-def conversations(
-    dataset: Dataset, *, holdout: bool = False, subsets: str = "all"
-) -> Iterator[tuple[Shard, int]]:
-    """Every conversation of one split as its shard and its place there.
-
-    Raises:
-        MissingError: A subset is not in the data set; lists those that are.
-    """
-    names = {shard.source for shard in dataset.shards}
-    chosen = {name.strip() for name in subsets.split(",")}
-    unknown = sorted(chosen - names - {"all"})
-    if unknown:
-        raise MissingError(
-            f"there is no subset {unknown[0]!r}; there are {', '.join(sorted(names))}",
-            where=str(dataset.path),
-            hint="choose with --dataset-subset, or take `all`",
-        )
-    for shard in dataset.shards:
-        if "all" in chosen or shard.source in chosen:
-            first, last = 0, shard.train_documents
-            if holdout:
-                first, last = last, shard.num_documents
-            yield from ((shard, index) for index in range(first, last))

@@ -81,6 +81,10 @@ class Share:
     def is_whole(self) -> bool:
         return self.weight == 1.0 and self.cap is None
 
+    def wanted(self, total: int) -> int:
+        """How many of so many rows it is."""
+        return min(round(total * self.weight), total if self.cap is None else self.cap)
+
     def selection(self, file: File, before: int, count: int, total: int) -> Selection:
         """Which rows of a file are taken; all files together give the share to the row.
 
@@ -90,9 +94,15 @@ class Share:
             count: Rows of the file.
             total: Rows of all files.
         """
-        wanted = min(round(total * self.weight), total if self.cap is None else self.cap)
+        wanted = self.wanted(total)
         chosen = ((before + count) * wanted // total - before * wanted // total) if total else 0
         return Selection(count, chosen, int(file.digest.partition(":")[2][:8], 16))
+
+
+def named_share(word: str) -> tuple[str, str]:
+    """A subset's name, and what stands behind it."""
+    match = re.fullmatch(r"\s*([^:@]*?)\s*((?:[:@].*)?)", word)
+    return (match[1], match[2]) if match else (word, "")
 
 
 @dataclass(frozen=True)

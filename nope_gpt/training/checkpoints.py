@@ -1,8 +1,8 @@
 """Checkpoints: `step-N/` directories that are models, with what resuming needs beside.
 
 A checkpoint holds the published files (config.json, model.safetensors, the tokenizer),
-`optimizer.safetensors`, for tuning `adapter.safetensors`, and `state.json`. Nothing is
-pickled, and nothing depends on the number of ranks.
+`optimizer.safetensors`, `state.json`, and where adapters were trained those by themselves. Nothing
+is pickled, and nothing depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from nope_gpt.locating import Tell, checkpoints_in, newest_checkpoint, step_of, 
 from nope_gpt.sizing import format_bytes
 
 OPTIMIZER = "optimizer.safetensors"
-ADAPTER = "adapter.safetensors"
 STATE = "state.json"
 
 Tensors = dict[str, Tensor]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,13 +20,13 @@ from nope_gpt.config import TrainingConfig
 from nope_gpt.data.batches import Batch, Batches
 from nope_gpt.device import autocast, memory_in_use, seed_of
 from nope_gpt.errors import Interrupted, NopeError
-from nope_gpt.evaluation import summed_loss
 from nope_gpt.locating import RUN
 from nope_gpt.model import NoPEGPT
 from nope_gpt.signals import StopRequest, exit_code_of
 from nope_gpt.training import checkpoints, distribution, state
 from nope_gpt.training.checkpoints import Progress, Saver, Snapshot, Tensors
 from nope_gpt.training.guards import MOST_REWINDS, Verdict, judge
+from nope_gpt.training.objectives import CrossEntropy, Objective, Outcome, held_out
 from nope_gpt.training.optimization import make_optimizers, set_learning_rate
 from nope_gpt.training.prefetching import Prefetcher
 from nope_gpt.training.reporting import EvaluationReport, Listener, StepReport
@@ -53,8 +53,10 @@ class Job:
         flops_per_token: Operations to train on one token, for the utilization; None if that
             is not known.
         execution: How the model computes, for people.
-        sampler: Continues a text with the model; None for never.
+        objective: What is made smaller.
+        sampler: Continues texts with the model; None for never.
         sample_interval: Steps between samples, 0 for never.
+        looks_before: Whether to evaluate, and to continue the texts, before the first step.
     """
 
     model: NoPEGPT
@@ -68,8 +70,10 @@ class Job:
     read_model: Callable[[Path], Tensors]
     flops_per_token: float | None = None
     execution: str = "eager"
+    objective: Objective = field(default_factory=CrossEntropy)
     sampler: Sampler | None = None
     sample_interval: int = 0
+    looks_before: bool = False
 
 
 class Trainer:
@@ -105,6 +109,10 @@ class Trainer:
         self.network = distribution.distribute(job.model, config, self.ranks, self.device)
         self.optimizers = make_optimizers(job.model, config, job.precision)
         self.trained = [weight for weight in job.model.parameters() if weight.requires_grad]
+        self.has_dropout = any(
+            isinstance(module, nn.Dropout | nn.Dropout1d) and module.p
+            for module in job.model.modules()
+        )
         self.not_finite = 0
         self.samples = Prefetcher(job.batches, self.ranks, self.device)
         self.stop = StopRequest()
@@ -130,12 +138,11 @@ class Trainer:
         job = self.job
         self.network.train()
         with self.stop, self.watchdog.naming():
+            if job.looks_before and self.progress.step == 0:
+                self.look()
             while self.progress.step < job.num_steps and not self.stop_signal:
                 self.train_step()
-                if self.is_due(job.eval_interval):
-                    self.evaluate()
-                if job.sampler and job.sample_interval and self.is_due(job.sample_interval):
-                    self.show_sample(job.sampler)
+                self.look()
                 if self.is_due(job.checkpoint_interval) and not self.not_finite:
                     self.save()
                 self.saver.poll()
@@ -152,22 +159,23 @@ class Trainer:
     def train_step(self) -> None:
         """The step: one update from all micro-batches of all ranks, if they deserve one.
 
-        The loss is the sum over trained tokens divided by their number in the whole step,
-        so that accumulation, padding and ranks never change it.
+        The loss is the sum over trained tokens, or pairs, divided by their number in the whole
+        step, so that accumulation, padding and ranks never change it.
         """
         started = time.perf_counter()
         self.watchdog.beat()
         step = self.progress.data_step
         batches = self.samples.micro_batches(step)
-        num_trained = self.sum_over_ranks(sum(batch.num_trained for batch in batches))
-        loss_sum = torch.zeros((), device=self.device)
+        num_tokens = self.sum_over_ranks(sum(batch.num_trained for batch in batches))
+        count = self.sum_over_ranks(sum(map(self.job.objective.count, batches)))
+        sums: list[Outcome] = []
         for index, batch in enumerate(batches):
             self.seed_dropout(step, index)
             is_last = index == len(batches) - 1
             with distribution.synchronizing(self.network, is_last):
-                loss_sum += self.forward_backward(batch, num_trained)
+                sums.append(self.forward_backward(batch, count))
             self.watchdog.beat()
-        loss, norm = distribution.total(loss_sum).item(), self.clipped_norm()
+        loss, norm = self.mean([outcome.loss for outcome in sums], count), self.clipped_norm()
         recent = self.progress.recent_losses
         verdict = self.agree(judge(loss, norm, recent, self.config.loss_spike))
         if verdict != Verdict.UPDATE:
@@ -181,17 +189,30 @@ class Trainer:
         self.forget_gradients()
         seconds = time.perf_counter() - started
         self.progress.step += 1
-        self.progress.tokens += int(num_trained)
+        self.progress.tokens += int(num_tokens)
         self.progress.seconds += seconds
-        self.report(loss, norm, rate, num_trained / seconds)
+        figures = {
+            name: self.mean([outcome.figures[name] for outcome in sums], count)
+            for name in self.job.objective.figures
+        }
+        self.report(loss, norm, rate, num_tokens / seconds, figures)
 
-    def forward_backward(self, batch: Batch, num_trained: float) -> Tensor:
-        """The micro-batch: add its gradients; returns its share of the step's loss."""
+    def forward_backward(self, batch: Batch, count: float) -> Outcome:
+        """The micro-batch: add its gradients; returns its sums.
+
+        Args:
+            batch: On any device.
+            count: What the sums of the whole step are divided by.
+        """
         with autocast(self.device, self.job.precision):
-            loss: Tensor = self.network(*batch.to(self.device)) / num_trained
+            outcome = self.job.objective.outcome(self.network, batch.to(self.device))
         # The ranks' gradients are averaged, and the loss is a sum over them.
-        torch.autograd.backward(loss * self.ranks.world_size)
-        return loss.detach()
+        torch.autograd.backward(outcome.loss * (self.ranks.world_size / count))
+        return Outcome(outcome.loss.detach(), outcome.figures)
+
+    def mean(self, sums: list[Tensor], count: float) -> float:
+        """What sums of all micro-batches of all ranks come to for each that is counted."""
+        return distribution.total(torch.stack(sums).sum()).item() / count
 
     def clipped_norm(self) -> float:
         """Clip the gradients of all ranks together; returns their norm before."""
@@ -262,26 +283,44 @@ class Trainer:
         self.progress = checkpoints.read_progress(checkpoint)
         self.last_saved = self.progress.step
 
+    def look(self) -> None:
+        """Evaluate and show what the model writes, if that is due."""
+        job = self.job
+        if self.is_due(job.eval_interval):
+            self.evaluate()
+        if job.sampler and job.sample_interval and self.is_due(job.sample_interval):
+            self.show_samples(job.sampler)
+
     def evaluate(self) -> None:
         """Compute the loss of the hold-out, shared among the ranks."""
-        total, count = summed_loss(
+        objective = self.job.objective
+        own = held_out(
+            objective,
             self.network,
             self.samples.holdout(self.config.num_eval_samples),
             self.job.precision,
             self.interrupted,
         )
-        total, count = self.sum_over_ranks(total), int(self.sum_over_ranks(count))
+        sums = {name: self.sum_over_ranks(value) for name, value in own.items()}
         if self.stop_signal:
             return
-        if count:
-            self.tell("evaluated", EvaluationReport(self.progress.step, total / count, count))
-        else:
+        if not sums["count"]:
             self.tell("noticed", "the data set has no hold-out, so there is nothing to evaluate on")
+            return
+        report = EvaluationReport(
+            step=self.progress.step,
+            objective=objective.name,
+            loss=sums[objective.name] / sums["count"],
+            tokens=int(sums["tokens"]),
+            figures={name: sums[name] / sums["count"] for name in objective.figures},
+        )
+        self.tell("evaluated", report)
 
-    def show_sample(self, sampler: Sampler) -> None:
-        """Let the model continue a text; all ranks compute, the first one tells."""
+    def show_samples(self, sampler: Sampler) -> None:
+        """Let the model continue texts; all ranks compute, the first one tells."""
         self.network.eval()
-        text = sampler.continued(self.network, self.progress.step)
+        with autocast(self.device, self.job.precision):
+            text = sampler.continued(self.network, self.progress.step)
         self.network.train()
         self.tell("sampled", self.progress.step, text)
 
@@ -299,12 +338,16 @@ class Trainer:
         self.job.write_model(directory, weights)
         write_json(directory / RUN, self.run.record)
 
-    def report(self, loss: float, norm: float, rate: float, speed: float) -> None:
+    def report(
+        self, loss: float, norm: float, rate: float, speed: float, figures: dict[str, float]
+    ) -> None:
         """Tell of a step that is done."""
         flops, peak = self.job.flops_per_token, self.peak_flops
         report = StepReport(
             step=self.progress.step,
+            objective=self.job.objective.name,
             loss=loss,
+            figures=figures,
             gradient_norm=norm,
             learning_rate=rate * self.config.peak_learning_rate,
             tokens_per_second=speed,
@@ -344,6 +387,6 @@ class Trainer:
 
     def seed_dropout(self, step: int, micro_batch: int) -> None:
         """Make what dropout silences a function of the seed and the place in the run."""
-        if self.job.model.config.dropout:
+        if self.has_dropout:
             place = micro_batch * self.ranks.world_size + self.ranks.rank
             torch.manual_seed(seed_of(self.job.seed, step, place))

@@ -38,8 +38,9 @@ def make_optimizers(
         groups = [group for group in (decayed, plain) if group["params"]]
         optimizers = [Adafactor(groups, lr=rate)]
     elif config.optimizer == "muon" and matrices:
-        muon = Muon([decayed], lr=rate, precision=precision)
-        optimizers = [muon, adamw([plain], BESIDE_MUON * rate, config)]
+        optimizers = [Muon([decayed], lr=rate, precision=precision)]
+        if rest:
+            optimizers.append(adamw([plain], BESIDE_MUON * rate, config))
     else:
         optimizers = [adamw([decayed, plain], rate, config)]
     for optimizer in optimizers:

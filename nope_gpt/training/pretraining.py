@@ -183,7 +183,7 @@ class Pretraining:
                 shape=(config.batch_size, config.tokens_per_sample),
                 flops=self.flops_per_token * self.tokens_per_step * config.max_steps,
             ),
-            sampler=Sampler.of(self.batches, self.tokenizer, config.seed),
+            sampler=Sampler.of_text(self.batches, self.tokenizer, config.seed),
             sample_interval=config.sample_interval,
         )
 

@@ -11,6 +11,9 @@ from typing import IO, Any
 from nope_gpt.artifacts import DAMAGE, write_file, writing
 from nope_gpt.errors import NopeError
 
+CROSS_ENTROPY = "Cross Entropy"
+"""The name of the usual loss, as the published dashboards have it."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -33,7 +36,9 @@ class StepReport:
 
     Attributes:
         step: Counted from 1.
-        loss: Mean cross entropy of the trained tokens, in nats.
+        objective: Name of the loss.
+        loss: Its mean, in nats.
+        figures: What else the objective tells, by name.
         gradient_norm: Global, before clipping.
         learning_rate: Of this step.
         tokens_per_second: Trained tokens of all ranks.
@@ -44,7 +49,9 @@ class StepReport:
     """
 
     step: int
+    objective: str
     loss: float
+    figures: dict[str, float]
     gradient_norm: float
     learning_rate: float
     tokens_per_second: float
@@ -54,26 +61,43 @@ class StepReport:
     memory: int | None = None
 
     @property
-    def perplexity(self) -> float:
-        return perplexity_of(self.loss)
+    def told(self) -> dict[str, float]:
+        return told_of(self.objective, self.loss, self.figures)
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """One look at the hold-out: its loss in nats, over how many tokens."""
+    """One look at the hold-out.
+
+    Attributes:
+        step: After which.
+        objective: Name of the loss.
+        loss: Its mean, in nats.
+        tokens: Trained ones that it is over.
+        figures: What else the objective tells, by name.
+    """
 
     step: int
+    objective: str
     loss: float
     tokens: int
+    figures: dict[str, float]
 
     @property
-    def perplexity(self) -> float:
-        return perplexity_of(self.loss)
+    def told(self) -> dict[str, float]:
+        return told_of(self.objective, self.loss, self.figures)
 
 
-def perplexity_of(loss: float) -> float:
-    """Of a mean cross entropy in nats."""
-    return math.exp(min(loss, 700.0))
+def told_of(objective: str, loss: float, figures: dict[str, float]) -> dict[str, float]:
+    """What to show beside a loss: its perplexity, if it is a cross entropy, and more."""
+    if objective == CROSS_ENTROPY:
+        return {"Perplexity": math.exp(min(loss, 700.0)), **figures}
+    return figures
+
+
+def key_of(name: str) -> str:
+    """A figure's name in `metrics.jsonl`."""
+    return name.lower().replace(" ", "_")
 
 
 class Listener:
@@ -154,10 +178,12 @@ class RunLog(Listener):
                 "seconds": round(report.seconds, 3),
                 "utilization": report.utilization,
                 "memory": report.memory,
+                **{key_of(name): value for name, value in report.figures.items()},
             }
         )
         scalars = {
-            "Cross Entropy": report.loss,
+            report.objective: report.loss,
+            **report.figures,
             "Gradient Norm": report.gradient_norm,
             "Learning Rate": report.learning_rate,
             "Tokens per Second": report.tokens_per_second,
@@ -170,8 +196,14 @@ class RunLog(Listener):
 
     def evaluated(self, report: EvaluationReport) -> None:
         """Log an evaluation."""
-        self.write({"step": report.step, "eval_loss": report.loss, "perplexity": report.perplexity})
-        self.writer.add_scalar("Perplexity", report.perplexity, report.step)
+        told = report.told
+        prefix = "" if report.objective == CROSS_ENTROPY else "eval_"
+        figures = {f"{prefix}{key_of(name)}": value for name, value in told.items()}
+        self.write({"step": report.step, "eval_loss": report.loss, **figures})
+        self.writer.add_scalar(f"Hold-out {report.objective}", report.loss, report.step)
+        for name, value in told.items():
+            scalar = name if name == "Perplexity" else f"Hold-out {name}"
+            self.writer.add_scalar(scalar, value, report.step)
 
     def write(self, row: dict[str, float | None]) -> None:
         """Write a line; JSON has no word for what is no finite number but null."""

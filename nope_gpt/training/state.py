@@ -20,13 +20,13 @@ from nope_gpt.model import NoPEGPT
 
 WHOLE = StateDictOptions(full_state_dict=True)
 PARTLY = StateDictOptions(full_state_dict=True, strict=False)
-GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 Tensors = dict[str, Tensor]
 
 
 def gathered(model: NoPEGPT, optimizers: list[Optimizer]) -> tuple[Tensors, Tensors]:
-    """Copy the weights and the optimizers' tensors into the first rank's memory.
+    """Copy the trained weights and the optimizers' tensors into the first rank's memory.
 
     All ranks must ask. The optimizers' tensors are named by their weight and their own
     name; on the other ranks both are empty.

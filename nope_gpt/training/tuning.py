@@ -1,33 +1,39 @@
-"""The verb `tune`: a base model and conversations to an assistant, by LoRA."""
+"""The verb `tune`: a base model and conversations, or pairs of answers, to an assistant."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from nope_gpt import hub, lora
-from nope_gpt.artifacts import describe, write_tensors
+from nope_gpt import adapters, hub, lora
+from nope_gpt.adapters import Adapter
+from nope_gpt.artifacts import describe
 from nope_gpt.config import TuneConfig
-from nope_gpt.data.batches import ChatBatches
+from nope_gpt.data.chats import ChatBatches
+from nope_gpt.data.documents import CHAT, PREFERENCE
 from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
 from nope_gpt.device import resolve_precision
 from nope_gpt.errors import UsageError
+from nope_gpt.hub import TIED, SavedModel
 from nope_gpt.locating import WEIGHTS, locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import ChatTokenizer
-from nope_gpt.training import checkpoints
 from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
+from nope_gpt.training.objectives import CrossEntropy, Objective, Preference
 from nope_gpt.training.planning import explaining_memory
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import Resume, begun, launched
+from nope_gpt.training.sampling import Sampler
 
 
 def tune(config: TuneConfig, listeners: list[Listener], *, resume: Resume = False) -> Path:
-    """Train adapters and the token embedding on the answers of conversations.
+    """Train adapters, or all weights, on the answers of conversations or on pairs of them.
 
     A checkpoint holds the model with its adapters folded in, and the adapters beside it.
 
@@ -43,46 +49,209 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: Resume = Fals
         NopeError: The model, the data, the settings or the machine do not allow it.
         Interrupted: A signal ended the run, after a checkpoint.
     """
-    named = config.model
-    if named is None:
-        raise UsageError(
-            "there is no base model to tune",
-            hint="nope tune --model runs/pretrain, or --model andrewdalpino/NoPE-GPT-400M-Base",
-        )
     with launched(config) as (config, launch):
-        base = locate(named)
+        task = Tuning.of(config)
+        config = task.config
+        precision = resolve_precision(config.precision, launch.device)
+        model = task.model(precision)
+        with (
+            begun(config, task.facts, resume, launch.ranks, task.num_steps) as run,
+            explaining_memory(config, model.config, precision),
+        ):
+            job = task.job(model.to(launch.device), precision)
+            told = task.told | {"trained": trained_in_words(model)}
+            execute(job, config, run, launch, listeners, told)
+    return run.path
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a config asks for, with its base and its data at hand.
+
+    Attributes:
+        config: With its objective settled.
+        base: Directory of the model to begin with.
+        saved: That model, with room for the control tokens.
+        tokenizer: Its own.
+        dataset: What to train on.
+        batches: The same in order.
+    """
+
+    config: TuneConfig
+    base: Path
+    saved: SavedModel
+    tokenizer: ChatTokenizer
+    dataset: Dataset
+    batches: ChatBatches
+
+    @classmethod
+    def of(cls, config: TuneConfig) -> Self:
+        """Find the base and the data that a config means.
+
+        Raises:
+            NopeError: One is not there, or they do not belong together.
+        """
+        if config.model is None:
+            raise UsageError(
+                "there is no base model to tune",
+                hint="nope tune --model runs/pretrain, or --model andrewdalpino/NoPE-GPT-400M-Base",
+            )
+        base = locate(config.model)
         tokenizer = ChatTokenizer.load(base)
-        path = find_dataset(Path(config.dataset_path).expanduser(), config.dataset, content="chat")
-        dataset = Dataset.open(path).require("chat")
+        root = Path(config.dataset_path).expanduser()
+        dataset = Dataset.open(find_dataset(root, config.dataset, content=CHAT))
+        if dataset.content != PREFERENCE:
+            dataset.require(CHAT)
+        config = config.changed(objective=objective_of(config, dataset))
         refuse_other_tokenizer(tokenizer, dataset, base)
         batches = make_batches(dataset, tokenizer, config)
-        facts = {
-            "base model": describe(base / WEIGHTS),
-            "tokenizer": dataset.tokenizer,
-            "data set": dataset.fingerprint,
-            "adapter": {"rank": config.rank, "alpha": config.alpha},
-            "samples per step": batches.samples_per_step,
-            "samples": batches.num_samples,
+        return cls(
+            config, base, saved_with_room(base, tokenizer, config), tokenizer, dataset, batches
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must not change while the run goes on."""
+        config = self.config
+        adapter = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout}
+        return {
+            "base model": describe(self.base / WEIGHTS),
+            "tokenizer": self.dataset.tokenizer,
+            "data set": self.dataset.fingerprint,
+            "subsets": config.dataset_subset,
+            "objective": config.objective,
+            "adapter": None if config.full else adapter,
+            "embeddings": config.embeddings,
+            "samples per step": self.batches.samples_per_step,
+            "samples": self.batches.num_samples,
             "tokens of a sample, at most": config.max_tokens_per_sample,
             "optimizer": config.optimizer,
             "seed": config.seed,
         }
-        model = make_model(base, tokenizer, config)
-        told = {
-            "base": str(base),
-            "data": f"{path} ({batches.num_samples:,} conversations, {batches.num_cut:,} cut, "
-            f"{batches.num_refused:,} left out)",
-            "trained": f"{model.num_trainable_params:,} parameters: adapters of rank "
-            f"{config.rank} and the token embedding",
+
+    @property
+    def num_steps(self) -> int:
+        """Updates of the weights in all."""
+        every = self.config.num_epochs * self.batches.steps_per_epoch
+        return min(every, self.config.max_steps or every)
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What people want to know before it begins."""
+        batches = self.batches
+        what = "pairs" if self.config.objective == "dpo" else "conversations"
+        return {
+            "base": str(self.base),
+            "data": f"{self.dataset.path} ({batches.num_samples:,} {what}, {batches.num_cut:,} "
+            f"cut, {len(batches.refused):,} left out; {len(batches.held_out):,} held out)",
+            "learns": {"sft": "the answers", "dpo": "to prefer the better answers"}[
+                self.config.objective
+            ],
         }
-        precision = resolve_precision(config.precision, launch.device)
-        with (
-            begun(config, facts, resume, launch.ranks, num_steps(config, batches)) as run,
-            explaining_memory(config, model.config, precision),
-        ):
-            job = make_job(model.to(launch.device), tokenizer, batches, config)
-            execute(job, config, run, launch, listeners, told)
-    return run.path
+
+    def model(self, precision: torch.dtype) -> NoPEGPT:
+        """The base with what is to be trained beside it.
+
+        Weights that stay as they are, are kept in the precision that they are multiplied in.
+        """
+        config = self.config
+        assert config.seed is not None
+        torch.manual_seed(config.seed)
+        model = NoPEGPT.from_saved(self.saved).float()
+        if config.full:
+            model.requires_grad_(True)
+            model.set_dropout(config.dropout)
+        else:
+            lora.attach(model, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
+            for module in model.modules():
+                if isinstance(module, lora.LoRALinear):
+                    module.weight.data = module.weight.data.to(precision)
+            if config.embeddings == "new":
+                lora.train_last_rows(model, len(self.tokenizer.control_tokens))
+            elif config.embeddings == "all":
+                model.unfreeze_token_embeddings()
+        if config.activation_checkpointing:
+            model.decoder.enable_activation_checkpointing(config.checkpointed_fraction)
+        return model
+
+    def job(self, model: NoPEGPT, precision: torch.dtype) -> Job:
+        """What the loop is to do; intervals are in passes over the data."""
+        config, every = self.config, self.batches.steps_per_epoch
+        assert config.seed is not None
+        objective: Objective = CrossEntropy()
+        if config.objective == "dpo":
+            objective = Preference(model, config.beta, config.length_normalized)
+        return Job(
+            model=model,
+            batches=self.batches,
+            num_steps=self.num_steps,
+            eval_interval=config.eval_interval * every,
+            checkpoint_interval=config.checkpoint_interval * every,
+            precision=precision,
+            seed=config.seed,
+            write_model=self.write_whole if config.full else self.write_adapted,
+            read_model=read_whole if config.full else read_adapter,
+            objective=objective,
+            sampler=Sampler.of_chats(self.batches, self.tokenizer, config.seed),
+            sample_interval=config.eval_interval * every,
+            looks_before=True,
+        )
+
+    def write_whole(self, directory: Path, weights: dict[str, Tensor]) -> None:
+        """Write a model that was trained in all its weights into a checkpoint."""
+        hub.save(directory, replace(self.saved, state=weights))
+        self.tokenizer.save(directory)
+
+    def write_adapted(self, directory: Path, weights: dict[str, Tensor]) -> None:
+        """Write the base with its adapter folded in, and the adapter beside it."""
+        config = self.config
+        state = lora.merged(self.saved.state, weights, config.alpha)
+        hub.save(directory, replace(self.saved, state=state))
+        self.tokenizer.save(directory)
+        adapter = Adapter(
+            tensors=weights,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            base=str(config.model),
+            base_sha256=describe(self.base / WEIGHTS)["sha256"],
+            makes_sha256=describe(directory / WEIGHTS)["sha256"],
+            vocabulary_size=self.saved.config.vocabulary_size,
+        )
+        adapters.save(directory, adapter)
+
+
+def read_whole(checkpoint: Path) -> dict[str, Tensor]:
+    """All weights of a checkpoint."""
+    return hub.load(checkpoint).state
+
+
+def read_adapter(checkpoint: Path) -> dict[str, Tensor]:
+    """The trained weights of a checkpoint."""
+    return adapters.load(checkpoint).tensors
+
+
+def objective_of(config: TuneConfig, dataset: Dataset) -> str:
+    """What to train for, by the data if nobody says.
+
+    Raises:
+        UsageError: The data, or the method, do not allow it.
+    """
+    has_pairs = dataset.content == PREFERENCE
+    objective = config.objective
+    if objective == "auto":
+        objective = "dpo" if has_pairs else "sft"
+    if objective == "dpo" and not has_pairs:
+        raise UsageError(
+            "--objective dpo needs pairs of answers, and this data set has none",
+            where=str(dataset.path),
+            hint="nope prepare ultrafeedback, or FILE with `chosen` and `rejected`",
+        )
+    if objective == "dpo" and config.full:
+        raise UsageError(
+            "--full leaves no untuned model to compare with, which dpo needs",
+            hint="leave --full out, or tune on the better answers: --objective sft",
+        )
+    return objective
 
 
 def refuse_other_tokenizer(tokenizer: ChatTokenizer, dataset: Dataset, base: Path) -> None:
@@ -108,57 +277,42 @@ def make_batches(dataset: Dataset, tokenizer: ChatTokenizer, config: TuneConfig)
         batch_size=config.batch_size,
         micro_batches_per_step=config.gradient_accumulation_steps,
         seed=config.seed,
+        packed=config.packing,
+        in_pairs=config.objective == "dpo",
     )
 
 
-def make_model(base: Path, tokenizer: ChatTokenizer, config: TuneConfig) -> NoPEGPT:
-    """The base model with room for the control tokens and with fresh adapters."""
-    assert config.seed is not None
-    torch.manual_seed(config.seed)
-    model = NoPEGPT.from_saved(hub.load(base)).float()
-    if model.vocabulary_size == tokenizer.encoding.n_vocab:
+def saved_with_room(base: Path, tokenizer: ChatTokenizer, config: TuneConfig) -> SavedModel:
+    """The base model, with rows for the control tokens drawn by the seed if it has none.
+
+    Raises:
+        UsageError: Its vocabulary is not its tokenizer's.
+    """
+    saved = hub.load(base)
+    if saved.config.vocabulary_size == tokenizer.encoding.n_vocab:
+        assert config.seed is not None
+        torch.manual_seed(config.seed)
+        model = NoPEGPT.from_saved(saved)
         model.resize_token_embeddings(tokenizer.vocabulary_size)
-    if model.vocabulary_size != tokenizer.vocabulary_size:
+        embedding = model.token_embeddings.weight.detach()
+        saved = replace(saved, config=model.config, state=saved.state | {TIED: embedding})
+    if saved.config.vocabulary_size != tokenizer.vocabulary_size:
         raise UsageError(
-            f"the model has {model.vocabulary_size} tokens, and its tokenizer "
+            f"the model has {saved.config.vocabulary_size} tokens, and its tokenizer "
             f"{tokenizer.vocabulary_size}",
             where=str(base),
         )
-    lora.attach(model, rank=config.rank, alpha=config.alpha)
-    model.unfreeze_token_embeddings()
-    if config.activation_checkpointing:
-        model.decoder.enable_activation_checkpointing(config.checkpointed_fraction)
-    return model
+    return saved
 
 
-def num_steps(config: TuneConfig, batches: ChatBatches) -> int:
-    """Updates of the weights in all."""
-    every = config.num_epochs * batches.steps_per_epoch
-    return min(every, config.max_steps or every)
-
-
-def make_job(
-    model: NoPEGPT, tokenizer: ChatTokenizer, batches: ChatBatches, config: TuneConfig
-) -> Job:
-    """What the loop is to do; intervals are in passes over the data."""
-    assert config.seed is not None
-
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-
-    def write_model(directory: Path, weights: dict[str, Tensor]) -> None:
-        hub.save(directory, model.saved(lora.merged_state(model, weights)))
-        tokenizer.save(directory)
-        adapter = {name: weights[name] for name in sorted(trained)}
-        write_tensors(directory / checkpoints.ADAPTER, adapter)
-
-    return Job(
-        model=model,
-        batches=batches,
-        num_steps=num_steps(config, batches),
-        eval_interval=config.eval_interval * batches.steps_per_epoch,
-        checkpoint_interval=config.checkpoint_interval * batches.steps_per_epoch,
-        precision=resolve_precision(config.precision, model.device),
-        seed=config.seed,
-        write_model=write_model,
-        read_model=lambda checkpoint: checkpoints.read_tensors(checkpoint / checkpoints.ADAPTER),
-    )
+def trained_in_words(model: NoPEGPT) -> str:
+    """How many numbers are trained of which kind of weight, for people."""
+    kinds: dict[str, int] = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            kind = "embedding" if "embeddings" in name else name.split(".")[-2]
+            kinds[kind] = kinds.get(kind, 0) + weight.numel()
+    count = sum(kinds.values())
+    whole = sum(weight.numel() for weight in model.parameters())
+    listing = ", ".join(f"{kind} {number:,}" for kind, number in kinds.items())
+    return f"{count:,} of {whole:,} numbers ({count / whole:.2%}): {listing}"

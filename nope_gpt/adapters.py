@@ -1,0 +1,205 @@
+"""Adapters on disk, in the layout of PEFT, and folded into a model.
+
+An adapter is two files in a directory, `adapter_config.json` and `adapter_model.safetensors`.
+The names in it are those that transformers gives the same network, so PEFT loads it onto a model
+that was exported for transformers. The header of the tensors' file says which weights it is for,
+and which ones it makes of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nope_gpt import lora
+from nope_gpt.artifacts import DAMAGE, describe, write_json, write_tensors
+from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.hub import TIED, SavedModel
+from nope_gpt.locating import WEIGHTS, locate
+
+SETTINGS = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+
+NAMES = {
+    "attention.q_proj": "self_attn.q_proj",
+    "attention.k_proj": "self_attn.k_proj",
+    "attention.v_proj": "self_attn.v_proj",
+    "attention.out_proj": "self_attn.o_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+"""The matrices of a block, ours and those of transformers."""
+
+PREFIX = "base_model.model.model."
+ROWS = f"{PREFIX}embed_tokens.token_adapter.trainable_tokens_delta"
+EMBEDDING = f"{PREFIX}embed_tokens.weight"
+PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What tuning changes of a model.
+
+    Attributes:
+        tensors: By their names in memory: `lora_a` and `lora_b` beside matrices, `rows` or
+            `weight` of the embedding.
+        alpha: Strength.
+        dropout: It was trained with.
+        base: What it was trained on, for people.
+        base_sha256: Of that model's file of weights.
+        makes_sha256: Of the file with the adapter folded in, "" if there is none.
+        vocabulary_size: With it.
+    """
+
+    tensors: dict[str, Tensor]
+    alpha: float
+    dropout: float
+    base: str
+    base_sha256: str
+    makes_sha256: str
+    vocabulary_size: int
+
+    @property
+    def rank(self) -> int:
+        return next(len(x) for name, x in self.tensors.items() if name.endswith("lora_a"))
+
+
+def save(path: Path, adapter: Adapter) -> None:
+    """Write an adapter into a directory."""
+    rows = adapter.tensors.get("token_embeddings.rows")
+    last = range(
+        adapter.vocabulary_size - (0 if rows is None else len(rows)), adapter.vocabulary_size
+    )
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha * adapter.rank,
+        "lora_dropout": adapter.dropout,
+        "bias": "none",
+        "target_modules": sorted(name.rpartition(".")[2] for name in NAMES.values()),
+        "modules_to_save": ["embed_tokens"] if TIED in adapter.tensors else None,
+        "trainable_token_indices": None if rows is None else {"embed_tokens": list(last)},
+    }
+    header = {
+        "format": "pt",
+        "base_sha256": adapter.base_sha256,
+        "makes_sha256": adapter.makes_sha256,
+        "vocabulary_size": str(adapter.vocabulary_size),
+    }
+    tensors = {theirs(name): tensor.contiguous() for name, tensor in adapter.tensors.items()}
+    write_tensors(path / TENSORS, tensors, metadata=header)
+    write_json(path / SETTINGS, settings)
+
+
+def load(path: Path) -> Adapter:
+    """Read an adapter from a directory.
+
+    Raises:
+        MissingError: There is none.
+        NopeError: It is damaged, or of another network.
+    """
+    file = path / TENSORS
+    if not file.is_file():
+        raise MissingError(
+            "there is no adapter",
+            where=str(path),
+            hint="give a run of `nope tune` without --full, or a checkpoint of one",
+        )
+    try:
+        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {ours(name): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return Adapter(
+            tensors=tensors,
+            alpha=settings["lora_alpha"] / settings["r"],
+            dropout=settings["lora_dropout"],
+            base=str(settings["base_model_name_or_path"]),
+            base_sha256=header["base_sha256"],
+            makes_sha256=header["makes_sha256"],
+            vocabulary_size=int(header["vocabulary_size"]),
+        )
+    except (*DAMAGE, SafetensorError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise NopeError(f"this adapter cannot be read ({reason})", where=str(path)) from None
+
+
+def place_of(name: str) -> Path:
+    """The directory of the adapter that a run, a checkpoint or a directory of its own has."""
+    path = Path(name).expanduser()
+    return path if (path / TENSORS).is_file() else locate(name)
+
+
+def theirs(name: str) -> str:
+    """A tensor's name in PEFT's layout."""
+    if name == TIED:
+        return EMBEDDING
+    if name == "token_embeddings.rows":
+        return ROWS
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(\w+\.\w+)\.(\w+)", name)
+    assert match is not None
+    return f"{PREFIX}layers.{match[1]}.{NAMES[match[2]]}.{PARTS[match[3]]}"
+
+
+def ours(name: str) -> str:
+    """A tensor's name in memory, from PEFT's layout.
+
+    Raises:
+        KeyError: It belongs to another network.
+    """
+    if name in (EMBEDDING, ROWS):
+        return TIED if name == EMBEDDING else "token_embeddings.rows"
+    modules = {theirs: own for own, theirs in NAMES.items()}
+    parts = {theirs: own for own, theirs in PARTS.items()}
+    pattern = rf"{re.escape(PREFIX)}layers\.(\d+)\.(\w+\.\w+)\.(lora_[AB]\.weight)"
+    match = re.fullmatch(pattern, name)
+    if match is None:
+        raise KeyError(name)
+    return f"decoder.layers.{match[1]}.{modules[match[2]]}.{parts[match[3]]}"
+
+
+def folded(model: SavedModel, directory: Path, adapters: Sequence[Path]) -> SavedModel:
+    """A model with adapters folded in, one after the other.
+
+    Args:
+        model: To begin with.
+        directory: Where it was read from.
+        adapters: Each of this model, or of what the one before makes of it.
+
+    Raises:
+        UsageError: One is for other weights; names both.
+        NopeError: One is damaged.
+    """
+    known = [describe(directory / WEIGHTS)["sha256"]] if adapters else []
+    for path in adapters:
+        adapter = load(path)
+        if adapter.base_sha256 not in known:
+            raise UsageError(
+                f"this adapter was trained on other weights, {adapter.base}, than those of "
+                f"{directory}",
+                where=str(path),
+                hint="give the model that it was tuned from as --model, and of several adapters "
+                "the older ones first",
+            )
+        known.append(adapter.makes_sha256)
+        model = with_adapter(model, adapter)
+    return model
+
+
+def with_adapter(model: SavedModel, adapter: Adapter) -> SavedModel:
+    """A model with one adapter folded in, and with the rows of its new tokens."""
+    state = dict(model.state)
+    missing = adapter.vocabulary_size - len(state[TIED])
+    if missing > 0:
+        state[TIED] = torch.cat([state[TIED], state[TIED].new_zeros(missing, state[TIED].size(1))])
+    config = model.config.changed(vocabulary_size=len(state[TIED]))
+    return replace(model, config=config, state=lora.merged(state, adapter.tensors, adapter.alpha))
