@@ -24,7 +24,7 @@ from nope_gpt.device import reuse_freed_memory
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Chunks, gradients on the way forward."""
-    return summed_cross_entropy(hidden, weight, targets) / len(targets)
+    return summed_cross_entropy(hidden, [weight], targets) / len(targets)
 
 
 def all_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

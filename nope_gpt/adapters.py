@@ -40,6 +40,7 @@ NAMES = {
 PREFIX = "base_model.model.model."
 ROWS = f"{PREFIX}embed_tokens.token_adapter.trainable_tokens_delta"
 EMBEDDING = f"{PREFIX}embed_tokens.weight"
+HEAD = "base_model.model.lm_head.weight"
 PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 
@@ -87,6 +88,7 @@ def save(path: Path, adapter: Adapter) -> None:
         "bias": "none",
         "target_modules": sorted(name.rpartition(".")[2] for name in NAMES.values()),
         "modules_to_save": ["embed_tokens"] if TIED in adapter.tensors else None,
+        "ensure_weight_tying": True,  # The head is the embedding, whatever is trained of it.
         "trainable_token_indices": None if rows is None else {"embed_tokens": list(last)},
     }
     header = {
@@ -96,6 +98,8 @@ def save(path: Path, adapter: Adapter) -> None:
         "vocabulary_size": str(adapter.vocabulary_size),
     }
     tensors = {theirs(name): tensor.contiguous() for name, tensor in adapter.tensors.items()}
+    if EMBEDDING in tensors:  # PEFT looks for both of what is tied.
+        tensors[HEAD] = tensors[EMBEDDING].clone()
     write_tensors(path / TENSORS, tensors, metadata=header)
     write_json(path / SETTINGS, settings)
 
@@ -118,7 +122,8 @@ def load(path: Path) -> Adapter:
         settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
-            tensors = {ours(name): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            names = sorted(set(opened.keys()) - {HEAD})
+            tensors = {ours(name): opened.get_tensor(name) for name in names}
         return Adapter(
             tensors=tensors,
             alpha=settings["lora_alpha"] / settings["r"],

@@ -40,21 +40,28 @@ def summed_cross_entropy(hidden: Tensor, parts: Sequence[Tensor], targets: Tenso
     Returns:
         The sum in nats [], float32.
     """
+    hidden = _as_multiplied(hidden)
     return _applied(SummedCrossEntropy, hidden, parts, targets).sum()
 
 
 def cross_entropies(hidden: Tensor, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
     """The cross entropy of each token, [N] in nats and float32; otherwise as their sum."""
+    hidden = _as_multiplied(hidden)
     return _applied(CrossEntropies, hidden, parts, targets)
 
 
-def _applied(function: Any, hidden: Tensor, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """Apply a function with autocast's dtype made explicit; without gradients, the losses [N]."""
+def _as_multiplied(hidden: Tensor) -> Tensor:
+    """In the dtype of autocast, if it is on."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+        return hidden.to(torch.get_autocast_dtype(device))
+    return hidden
+
+
+def _applied(function: Any, hidden: Tensor, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """Apply a function, or where no gradients are wanted compute the losses [N]."""
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *parts))
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         if needs_gradients:
             return function.apply(hidden, targets, *parts)  # type: ignore[no-any-return]
         return _losses(hidden, parts, targets, None)

@@ -127,11 +127,12 @@ class NoPEGPT(nn.Module):
         hidden = self.decoder(self.token_embeddings(tokens), documents=apart)
         if targets is None:
             return self.logits(hidden)
-        hidden, head = self.norm(hidden).flatten(0, 1), self.token_embeddings
+        head, right = self.token_embeddings, targets.flatten()
         parts = head.parts if isinstance(head, LastRowsEmbedding) else (head.weight,)
+        # Nothing here holds on to the norm's output, which autocast may copy.
         if each:
-            return cross_entropies(hidden, parts, targets.flatten()).view_as(targets)
-        return summed_cross_entropy(hidden, parts, targets.flatten())
+            return cross_entropies(self.norm(hidden).flatten(0, 1), parts, right).view_as(targets)
+        return summed_cross_entropy(self.norm(hidden).flatten(0, 1), parts, right)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score every token of the vocabulary: [..., C] to [..., V]."""

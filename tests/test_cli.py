@@ -296,7 +296,6 @@ def test_only_flags_are_respelled() -> None:
         (["tune", "--quantize_base_weights"], "leave the flag out"),
         (["tune", "--quant_group_size=64"], "leave the flag out"),
         (["pretrain", "--resume_scheduler"], "--resume always goes on with the schedule"),
-        (["tune", "--dropout=0.1"], "the base model's own applies"),
     ],
 )
 def test_a_retired_flag_says_what_to_do_and_leaves_in_order(

@@ -7,6 +7,7 @@ import json
 import re
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +106,46 @@ def test_a_text_is_itself_and_one_end(spec: str, text: str) -> None:
     assert chat.decode_tokens(tokens[:-1]) == whole(text)
     assert tokens[-1] == chat.end_of_text
     assert not {chat.end_of_text, *chat.control_tokens.values()} & set(tokens[:-1])
+
+
+def characters(messages: list[Message]) -> list[tuple[str, bool]]:
+    """Each character of a conversation, a control token counting as one, and whether the model
+    is to write it: what an answer says, its newline, and what ends it.
+    """
+    found: list[tuple[str, bool]] = []
+    for message in messages:
+        mine = message["role"] == "assistant"
+        found.append(("<|im_start|>", False))
+        found += [(character, False) for character in f"{message['role']}\n"]
+        found += [(character, mine) for character in f"{whole(message['content'])}\n"]
+        found += [("<|im_end|>", mine), ("\n", False)]
+    return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(messages=MESSAGES, data=st.data())
+@example(messages=[said("system", ""), said("assistant", "")], data=None)
+@example(messages=[said("tool", "é"), said("assistant", "è\n\n"), said("user", "")] * 2, data=None)
+def test_the_mask_is_that_of_the_characters(messages: list[Message], data: Any) -> None:
+    """Whole, and cut to whole messages by any limit."""
+    expected: list[tuple[int, bool]] = []
+    chat = tokenizer("bytes")
+    for text, is_trained in characters(messages):
+        ids = [chat.control_tokens[text]] if text in chat.control_tokens else text.encode()
+        expected += [(int(id), is_trained) for id in ids]
+    limit = None
+    if data is not None and data.draw(st.booleans()):
+        limit = Limit(data.draw(st.integers(1, len(expected) + 1)))
+        starts = [i for i, (id, _) in enumerate(expected) if id == chat.im_start_index]
+        if len(expected) > limit.num_tokens + 1:
+            expected = expected[: max(i for i in starts if i <= limit.num_tokens + 1)]
+    if not any(is_trained for _, is_trained in expected):
+        with pytest.raises(Refused):
+            encoded(Conversation(messages), limit)
+        return
+    stream = encoded(Conversation(messages), limit)
+    assert stream.mask is not None
+    assert list(zip(stream.tokens.tolist(), stream.mask.tolist(), strict=True)) == expected
 
 
 @EVERY_KIND

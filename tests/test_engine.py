@@ -220,6 +220,7 @@ def test_the_log_has_the_published_curves_the_settings_and_samples(
     small_run(dataset, tmp_path, sample_interval=3)
     events = EventAccumulator(str(tmp_path / "pretrain")).Reload()
     names = {"Cross Entropy", "Gradient Norm", "Perplexity", "Learning Rate", "Tokens per Second"}
+    names |= {"Hold-out Cross Entropy"}
     assert names | {"Model FLOPs Utilization", "Memory"} == set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("Cross Entropy")] == [1, 2, 3, 4, 5, 6]
     texts = {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}

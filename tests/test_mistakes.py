@@ -337,9 +337,23 @@ error: there is no subset 'x'; there are chats
   next:  choose with --dataset-subset, or take `all`
 
 $ nope tune --model runs/pretrain --max-tokens-per-sample 9  [1]
-error: no conversation can be trained on: 4 have no answer within 9 tokens or are filtered out
+error: no conversation can be trained on: 4 have no answer within 9 tokens or are …
   where: datasets/chats
   next:  raise --max-tokens-per-sample
+
+$ nope tune --model runs/pretrain --objective dpo  [2]
+error: --objective dpo needs pairs of answers, and this data set has none
+  where: datasets/chats
+  next:  nope prepare ultrafeedback, or FILE with `chosen` and `rejected`
+
+$ nope tune --model runs/pretrain --dataset-subset chats:2  [2]
+error: ':2' behind a subset is no share of it
+  next:  write NAME:0.5 for half of its rows, NAME@10000 for at most so many
+
+$ nope generate x --model runs/pretrain --adapter runs/pretrain  [3]
+error: there is no adapter
+  where: runs/pretrain/checkpoints/step-2
+  next:  give a run of `nope tune` without --full, or a checkpoint of one
 
 $ nope tune --model runs/pretrain --run-name pretrain  [2]
 error: this is a run of nope pretrain

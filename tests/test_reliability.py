@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 from small import Recorder, byte_dataset, small_model, small_run
 
 from nope_gpt import hub
+from nope_gpt.data.batches import Batch
 from nope_gpt.errors import CapacityError, NopeError, UsageError
 from nope_gpt.locating import checkpoints_in, newest_checkpoint
 from nope_gpt.training import checkpoints, guards, runs
 from nope_gpt.training.checkpoints import Progress, Saver, Snapshot
 from nope_gpt.training.guards import Verdict, judge
 from nope_gpt.training.loop import Trainer
+from nope_gpt.training.objectives import Outcome
 
 Nope = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -511,12 +513,12 @@ def spiked(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> None:
     """Add to the loss of a step, the first so many times that it is trained."""
     original, seen = Trainer.forward_backward, []
 
-    def spiking(self: Trainer, *arguments: Any) -> torch.Tensor:
-        loss = original(self, *arguments)
+    def spiking(self: Trainer, batch: Batch, count: float) -> Outcome:
+        outcome = original(self, batch, count)
         if self.progress.step == at and len(seen) < times:
             seen.append(at)
-            loss = loss + 9.0
-        return loss
+            outcome = outcome._replace(loss=outcome.loss + 9.0 * count)
+        return outcome
 
     monkeypatch.setattr(Trainer, "forward_backward", spiking)
 

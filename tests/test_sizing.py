@@ -336,7 +336,8 @@ def test_the_command_says_only_what_differs_from_the_defaults():
     plan = sizing.largest_that_trains(10 * 10**9, SizeConfig())
     assert plan.command == (
         "nope pretrain --embedding-dimensions 1280 --num-q-heads 20 --num-kv-heads 5 "
-        "--num-hidden-layers 20 --activation-checkpointing --precision bfloat16"
+        "--num-hidden-layers 20 --batch-size 4 --gradient-accumulation-steps 64 "
+        "--activation-checkpointing --precision bfloat16"
     )
 
 
@@ -346,7 +347,7 @@ def test_what_fits_no_shape_is_refused_with_the_largest_part_and_a_command_that_
         sizing.largest_that_trains(memory, SizeConfig(memory="300MB"))
     assert caught.value.exit_code == 4
     assert caught.value.what == (
-        "tiny, the smallest shape, needs 476.6 MB to train even with activation checkpointing, "
+        "tiny, the smallest shape, needs 473.7 MB to train even with activation checkpointing, "
         "and 255.0 MB are usable; the largest part is logits, 308.8 MB"
     )
     assert caught.value.where == "--memory 300MB"

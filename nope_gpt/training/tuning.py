@@ -59,7 +59,7 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: Resume = Fals
             explaining_memory(config, model.config, precision),
         ):
             job = task.job(model.to(launch.device), precision)
-            told = task.told | {"trained": trained_in_words(model)}
+            told = task.told | {"trained": f"{task.method}: {trained_in_words(model)}"}
             execute(job, config, run, launch, listeners, told)
     return run.path
 
@@ -148,6 +148,12 @@ class Tuning:
                 self.config.objective
             ],
         }
+
+    @property
+    def method(self) -> str:
+        """What is trained, for people."""
+        config = self.config
+        return "all weights" if config.full else f"adapters of rank {config.rank}"
 
     def model(self, precision: torch.dtype) -> NoPEGPT:
         """The base with what is to be trained beside it.
