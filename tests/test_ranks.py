@@ -18,8 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import byte_dataset, small_run
+from torch.distributed import HashStore
 
+from nope_gpt.device import Ranks
 from nope_gpt.locating import newest_checkpoint
+from nope_gpt.training.watchdog import Watchdog
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun")
 
@@ -192,6 +195,29 @@ def test_a_rank_that_fails_ends_the_run_with_its_number(
         again = "next: the same command with --resume --batch-size 2 --gradient-accumulation"
         assert again in talk
     goes_on(dataset, tmp_path)
+
+
+class SlowStore:
+    """A store that is far away."""
+
+    def __init__(self) -> None:
+        self.kept = HashStore()
+
+    def set(self, key: str, value: str) -> None:
+        self.kept.set(key, value)
+
+    def add(self, key: str, amount: int) -> int:
+        time.sleep(0.5)
+        return self.kept.add(key, amount)
+
+
+def test_no_thread_is_in_the_store_when_a_run_is_over() -> None:
+    """Python ends threads that come back from C++ at its end, and with them the process."""
+    watchdog = Watchdog(SlowStore(), Ranks(0, 0, 2), timeout=0.05)
+    with watchdog:
+        watchdog.last += 60.0
+        time.sleep(0.2)
+    assert not watchdog.thread.is_alive()
 
 
 def test_a_rank_that_is_stopped_ends_the_run_with_its_number(dataset: Path, tmp_path: Path) -> None:

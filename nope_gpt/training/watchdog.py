@@ -24,6 +24,9 @@ from torch.distributed import DistError
 from nope_gpt.device import Ranks
 from nope_gpt.errors import NopeError
 
+LONGEST_CALL = 10.0
+"""Seconds to wait for the store when a run is over."""
+
 
 class Watchdog:
     """Counts for this rank, and reads what the others count.
@@ -66,6 +69,8 @@ class Watchdog:
         if kind is not None and self.store is not None:
             with suppress(RuntimeError):  # The store is gone with the process that held it.
                 self.store.add(f"failed/{self.ranks.rank}", 1)
+        if self.thread.is_alive():  # A thread that is in the store as Python ends aborts it.
+            self.thread.join(LONGEST_CALL)
 
     def beat(self) -> None:
         """Note that the training loop has done something."""
