@@ -341,6 +341,10 @@ error: no conversation can be trained on: 4 have no answer within 9 tokens or ar
   where: datasets/chats
   next:  raise --max-tokens-per-sample
 
+$ nope tune --model runs/pretrain --compile on  [2]
+error: --compile is on, and no two batches of conversations have the same length
+  next:  leave it out: the blocks are not compiled while tuning
+
 $ nope tune --model runs/pretrain --objective dpo  [2]
 error: --objective dpo needs pairs of answers, and this data set has none
   where: datasets/chats

@@ -124,6 +124,14 @@ def test_the_better_answers_of_pairs_can_be_trained_on_alone(
     assert recorder.reports[0].objective == "Cross Entropy"
 
 
+def test_pairs_are_found_where_there_are_no_conversations(
+    base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    assert tuning(base, pairs.parent).dataset.path == pairs
+    chats = dataset_of(questions(9), base, tmp_path)
+    assert tuning(base, pairs.parent).dataset.path == chats
+
+
 def test_pairs_are_not_cut(base: Path, tmp_path: Path) -> None:
     rows = preferences(6)
     rows[2]["rejected"][1]["content"] *= 9

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nope_gpt.artifacts import MANIFEST, is_leftover
-from nope_gpt.data.documents import CHAT, TEXT
+from nope_gpt.data.documents import CHAT, PREFERENCE, TEXT
 from nope_gpt.data.shards import Dataset
 from nope_gpt.data.staging import SUFFIX
 from nope_gpt.errors import MissingError, UsageError
@@ -29,7 +29,8 @@ def find_dataset(
         root: The root of the data sets, or one data set's own directory.
         name: The one in the root.
         fineweb: Subset and encoding, where those name it.
-        content: "text" or "chat": what it must hold if nobody names it.
+        content: "text" or "chat": what it must hold if nobody names it; where there are no
+            conversations, pairs of them are taken.
 
     Raises:
         MissingError: It is not there, or none is; lists those that are.
@@ -60,7 +61,10 @@ def find_dataset(
                 hint=hint,
             )
         return root / name
-    fitting = [name for name in present if Dataset.open(root / name).content == content]
+    held = {name: Dataset.open(root / name).content for name in present}
+    fitting = [name for name in present if held[name] == content]
+    if not fitting and content == CHAT:
+        fitting = [name for name in present if held[name] == PREFERENCE]
     if not fitting:
         unfinished = sorted(path.stem for path in root.glob(f"*{SUFFIX}"))
         raise MissingError(

@@ -96,6 +96,11 @@ class Tuning:
                 "there is no base model to tune",
                 hint="nope tune --model runs/pretrain, or --model andrewdalpino/NoPE-GPT-400M-Base",
             )
+        if config.compile == "on":
+            raise UsageError(
+                "--compile is on, and no two batches of conversations have the same length",
+                hint="leave it out: the blocks are not compiled while tuning",
+            )
         base = locate(config.model)
         tokenizer = ChatTokenizer.load(base)
         root = Path(config.dataset_path).expanduser()
