@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hub_datasets
 import pytest
 import torch
+from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
 from small import byte_dataset, small_run
 from small_chats import (
@@ -30,6 +33,7 @@ from small_chats import (
 from nope_gpt import adapters, lora
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data.prepare import prepare
+from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.locating import newest_checkpoint
 from nope_gpt.model import NoPEGPT
@@ -351,3 +355,24 @@ def test_a_file_is_prepared_first_with_the_tokenizer_of_the_model(
     refused = nope("tune", "--model", base, "--dataset", "prose.txt")
     assert refused.returncode == 2
     assert "this holds text, and no conversations" in refused.stderr
+
+
+def test_parts_of_a_data_set_of_the_hub_are_prepared_first(
+    base: Path, tmp_path: Path, nope: Nope
+) -> None:
+    """Their shares are taken once, and said with the size of the download."""
+    with LoopbackHub(tmp_path / "hub") as hub:
+        hub_datasets.smoltalk(hub.root, conversations=40)
+        subset = "--dataset-subset=smol-summarize:0.5,longalign@7"
+        flags = ["--max-steps=1", "--device=cpu", "--max-tokens-per-sample=10000"]
+        environment = hub.environment(tmp_path / "hf")
+        command = ["tune", "--model", base, "--dataset=smoltalk", subset, *flags]
+        done = nope(*command, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "download" in done.stderr
+    (made,) = (tmp_path / "datasets").iterdir()
+    documents = sum(shard.num_documents for shard in Dataset.open(made).shards)
+    assert 20 <= documents <= 27, "half of 40 and 7, of which some cannot be trained on"
+    counted = re.search(r"\((\d+) conversations, .* (\d+) left out; (\d+) held out", done.stderr)
+    assert counted
+    assert sum(map(int, counted.groups())) == documents

@@ -37,9 +37,11 @@ def command(config: TuneConfig, resume: bool | Path, gpus: int | None, json: boo
 
     source = source_of(config)
     if source:
-        config = config.changed(dataset=prepared(source, config))
+        # What is prepared is the mixture already: its shares are not to be taken again.
+        config = config.changed(dataset=prepared(source, config), dataset_subset="all")
     if gpus is not None:
-        launch(config, gpus, ["--dataset", str(config.dataset)] if source else [])
+        more = ["--dataset", str(config.dataset), "--dataset-subset", "all"] if source else []
+        launch(config, gpus, more)
         return
     path = tune(config, [Watcher("tune")], resume=resume)
     result_of_ranks(str(path), {"run": str(path)}, json)
@@ -72,6 +74,7 @@ def prepared(source: str, config: TuneConfig) -> str:
         raise UsageError("there is no base model to tune", hint="nope tune --model runs/pretrain")
     model = locate(config.model)
     subset = config.dataset_subset if known_collection(source) else None
+    subset = None if subset == "all" else subset  # What `nope prepare` takes by itself.
     settings = PrepareConfig(
         dataset_path=config.dataset_path, token_encoding=str(model), dataset_subset=subset
     )
