@@ -98,3 +98,11 @@ def corpus(tmp_path: Path) -> Path:
     for number in range(12):
         (directory / f"{number:02d}.txt").write_text(CORPUS * (number + 2), encoding="utf-8")
     return directory
+
+
+@pytest.fixture
+def base(corpus: Path, tmp_path: Path) -> Path:
+    """A run of a base model to tune."""
+    from small_chats import base_run
+
+    return base_run(corpus, tmp_path)

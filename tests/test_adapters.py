@@ -12,18 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import byte_dataset, small_run
-from small_chats import base_run, dataset_of, questions, tuned, tuning
+from small_chats import dataset_of, questions, tuned, tuning
 
 from nope_gpt import adapters, hub
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.locating import locate, newest_checkpoint
 
 Nope = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def base(corpus: Path, tmp_path: Path) -> Path:
-    return base_run(corpus, tmp_path)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_chats import base_run, dataset_of, preferences, questions, tuned, tuning
+from small_chats import dataset_of, preferences, questions, tuned, tuning
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,11 +15,6 @@ from nope_gpt import lora
 from nope_gpt.errors import UsageError
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.objectives import Preference
-
-
-@pytest.fixture
-def base(corpus: Path, tmp_path: Path) -> Path:
-    return base_run(corpus, tmp_path)
 
 
 @pytest.fixture

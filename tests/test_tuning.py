@@ -20,7 +20,6 @@ from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
 from small import byte_dataset, small_run
 from small_chats import (
-    base_run,
     dataset_of,
     message,
     preferences,
@@ -43,11 +42,6 @@ from nope_gpt.training.objectives import CrossEntropy
 Nope = Callable[..., subprocess.CompletedProcess[str]]
 
 TOKENS = torch.arange(30).unsqueeze(0)
-
-
-@pytest.fixture
-def base(corpus: Path, tmp_path: Path) -> Path:
-    return base_run(corpus, tmp_path)
 
 
 @pytest.fixture

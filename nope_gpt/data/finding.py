@@ -61,6 +61,16 @@ def find_dataset(
                 hint=hint,
             )
         return root / name
+    return root / the_only(root, present, content)
+
+
+def the_only(root: Path, present: list[str], content: str) -> str:
+    """The name of the one data set of a kind; where there are no conversations, of pairs.
+
+    Raises:
+        MissingError: There is none.
+        UsageError: There are several.
+    """
     held = {name: Dataset.open(root / name).content for name in present}
     fitting = [name for name in present if held[name] == content]
     if not fitting and content == CHAT:
@@ -81,7 +91,7 @@ def find_dataset(
             where=str(root),
             hint=f"choose one: --dataset {fitting[0]}",
         )
-    return root / fitting[0]
+    return fitting[0]
 
 
 def alternatives(root: Path, name: str, present: list[str]) -> str:
