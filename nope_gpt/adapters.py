@@ -18,24 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nope_gpt import lora
-from nope_gpt.artifacts import DAMAGE, describe, write_json, write_tensors
+from nope_gpt import hub, lora
+from nope_gpt.artifacts import DAMAGE, write_json, write_tensors
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.hub import TIED, SavedModel
-from nope_gpt.locating import WEIGHTS, locate
+from nope_gpt.locating import locate
+from nope_gpt.transformers_layout import MATRICES
 
 SETTINGS = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-
-NAMES = {
-    "attention.q_proj": "self_attn.q_proj",
-    "attention.k_proj": "self_attn.k_proj",
-    "attention.v_proj": "self_attn.v_proj",
-    "attention.out_proj": "self_attn.o_proj",
-    "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
-"""The matrices of a block, ours and those of transformers."""
 
 PREFIX = "base_model.model.model."
 ROWS = f"{PREFIX}embed_tokens.token_adapter.trainable_tokens_delta"
@@ -86,7 +77,7 @@ def save(path: Path, adapter: Adapter) -> None:
         "lora_alpha": adapter.alpha * adapter.rank,
         "lora_dropout": adapter.dropout,
         "bias": "none",
-        "target_modules": sorted(name.rpartition(".")[2] for name in NAMES.values()),
+        "target_modules": sorted(name.rpartition(".")[2] for name in MATRICES.values()),
         "modules_to_save": ["embed_tokens"] if TIED in adapter.tensors else None,
         "ensure_weight_tying": True,  # The head is the embedding, whatever is trained of it.
         "trainable_token_indices": None if rows is None else {"embed_tokens": list(last)},
@@ -152,7 +143,7 @@ def theirs(name: str) -> str:
         return ROWS
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(\w+\.\w+)\.(\w+)", name)
     assert match is not None
-    return f"{PREFIX}layers.{match[1]}.{NAMES[match[2]]}.{PARTS[match[3]]}"
+    return f"{PREFIX}layers.{match[1]}.{MATRICES[match[2]]}.{PARTS[match[3]]}"
 
 
 def ours(name: str) -> str:
@@ -163,7 +154,7 @@ def ours(name: str) -> str:
     """
     if name in (EMBEDDING, ROWS):
         return TIED if name == EMBEDDING else "token_embeddings.rows"
-    modules = {theirs: own for own, theirs in NAMES.items()}
+    modules = {theirs: own for own, theirs in MATRICES.items()}
     parts = {theirs: own for own, theirs in PARTS.items()}
     pattern = rf"{re.escape(PREFIX)}layers\.(\d+)\.(\w+\.\w+)\.(lora_[AB]\.weight)"
     match = re.fullmatch(pattern, name)
@@ -184,7 +175,7 @@ def folded(model: SavedModel, directory: Path, adapters: Sequence[Path]) -> Save
         UsageError: One is for other weights; names both.
         NopeError: One is damaged.
     """
-    known = [describe(directory / WEIGHTS)["sha256"]] if adapters else []
+    known = [hub.digest(directory)] if adapters else []
     for path in adapters:
         adapter = load(path)
         if adapter.base_sha256 not in known:

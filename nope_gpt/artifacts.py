@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from safetensors import SafetensorError
 
 from nope_gpt.errors import CapacityError, MissingError, NopeError, UsageError
+from nope_gpt.sizing import format_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "manifest.json"
+PARITY = "parity.json"
 FORMAT_VERSION = 1
 
 Manifest = dict[str, Any]
@@ -94,11 +96,15 @@ def write_file(path: Path, content: bytes) -> None:
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as a safetensors file."""
+    """Write tensors as a safetensors file, which others may read as they may any other file."""
     from safetensors.torch import save_file
 
+    ordinary = beside(path, "tmp")
     with writing(path):
         save_file(tensors, path, metadata=metadata)
+        ordinary.touch()
+        path.chmod(ordinary.stat().st_mode)
+        ordinary.unlink()
 
 
 class ArrayFile:
@@ -185,18 +191,7 @@ def publish(
         CapacityError: The disk is full.
         NopeError: The place cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise UsageError(
-            "this already exists",
-            where=str(path),
-            hint="choose another name, or add --overwrite to replace it",
-        )
-    if path.is_dir() and not path.is_symlink() and not is_artifact(path):
-        raise UsageError(
-            "this directory holds something else, and is not replaced",
-            where=str(path),
-            hint="choose another place",
-        )
+    refuse_existing(path, overwrite=overwrite)
     place = path.absolute()  # `.` has no name of its own.
     temporary = beside(place, "tmp")
     with writing(path):
@@ -218,6 +213,49 @@ def publish(
         sync(place.parent)
 
 
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Refuse a place that has something that may not be replaced.
+
+    Raises:
+        UsageError: The directory exists and may not be replaced, or holds something else.
+    """
+    if path.exists() and not overwrite:
+        raise UsageError(
+            "this already exists",
+            where=str(path),
+            hint="choose another name, or add --overwrite to replace it",
+        )
+    if path.is_dir() and not path.is_symlink() and not is_artifact(path):
+        raise UsageError(
+            "this directory holds something else, and is not replaced",
+            where=str(path),
+            hint="choose another place",
+        )
+
+
+def refuse_small_disk(directory: Path, size: int, what: str, flag: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        directory: To write in.
+        size: Bytes that it takes.
+        what: It is.
+        flag: That chooses another place.
+
+    Raises:
+        CapacityError: With both figures.
+    """
+    place = directory.absolute()
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise CapacityError(
+            f"{what} takes {format_bytes(size)}, and the disk has {format_bytes(free)} left",
+            where=str(directory),
+            hint=f"free some space, or choose another {flag}",
+        )
+
+
 def replace_directory(new: Path, path: Path) -> None:
     """Rename a directory into place, setting aside and then removing what was there."""
     if not path.exists():
@@ -235,7 +273,8 @@ def replace_directory(new: Path, path: Path) -> None:
 def is_artifact(path: Path) -> bool:
     """Whether a directory is empty, or one that this program writes whole."""
     names = {file.name for file in path.iterdir()}
-    return not names or MANIFEST in names or {"config.json", "model.safetensors"} <= names
+    is_model = {"config.json", "model.safetensors"} <= names
+    return not names or bool(names & {MANIFEST, PARITY}) or is_model
 
 
 def is_kind(path: Path, kind: str) -> bool:

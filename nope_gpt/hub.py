@@ -1,12 +1,14 @@
 """The published layout: load it, save it, and translate every historical name.
 
-A model is a directory with `config.json` and `model.safetensors`. On disk the tensors
-have their published names, in memory names that explain themselves; the tables here
-are the only place where both are known.
+A model is a directory with `config.json` and `model.safetensors`, or several such files and an
+index of them. On disk the tensors have their published names, in memory names that explain
+themselves; the tables here are the only place where both are known. What was exported for
+transformers is loaded too; the names of that are in `transformers_layout.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -17,10 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nope_gpt.artifacts import DAMAGE, write_json, write_tensors
+from nope_gpt import transformers_layout
+from nope_gpt.artifacts import DAMAGE, describe, write_json, write_tensors
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NetworkError, NopeError, UsageError
-from nope_gpt.locating import CONFIG, WEIGHTS
+from nope_gpt.locating import CONFIG, INDEX, WEIGHTS
 
 HISTORICAL_SETTINGS = {
     "num_layers": ("num_decoder_layers",),
@@ -84,8 +87,12 @@ def load(path: Path) -> SavedModel:
     Raises:
         NopeError: The files are damaged, incomplete or of another architecture.
     """
-    settings = read_config(path / CONFIG)
-    state = translate(read_tensors(path / WEIGHTS), str(path / WEIGHTS))
+    settings, tensors = read_config(path / CONFIG), read_weights(path)
+    if settings.get("model_type") in transformers_layout.MODEL_TYPES:
+        settings, state = transformers_layout.from_layout(settings, tensors, str(path))
+    else:
+        settings = rename_settings(settings, str(path / CONFIG))
+        state = translate(tensors, str(path))
     return assemble(settings, state, str(path))
 
 
@@ -107,14 +114,14 @@ def assemble(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> 
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a config.json, renaming historical settings."""
+    """Read a config.json as it is."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except DAMAGE as error:
         raise NopeError(f"{CONFIG} cannot be read: {error}", where=str(path)) from None
     if not isinstance(settings, dict):
         raise NopeError(f"{CONFIG} is not a table of settings", where=str(path))
-    return rename_settings(settings, str(path))
+    return settings
 
 
 def rename_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
@@ -128,6 +135,35 @@ def rename_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
         if name not in result:
             raise NopeError(f"{CONFIG} has no {name}: this is not a NoPE GPT", where=where)
     return result
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of weights of a model's directory.
+
+    Raises:
+        NopeError: The index of several is damaged.
+    """
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        return [path / Path(name).name for name in sorted(set(index["weight_map"].values()))]
+    except DAMAGE as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise NopeError(f"{INDEX} cannot be read ({reason})", where=str(path)) from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a model's directory, with the names that they have there."""
+    return {name: x for file in weight_files(path) for name, x in read_tensors(file).items()}
+
+
+def digest(path: Path) -> str:
+    """A sha256 of the weights of a model's directory: of the file, or of the hashes of several."""
+    hashes = [str(describe(file)["sha256"]) for file in weight_files(path)]
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -204,26 +240,52 @@ def check_shapes(config: ModelConfig, state: dict[str, Tensor], where: str) -> N
         raise NopeError(f"{CONFIG} has no place for {extra[0]}", where=where)
 
 
-def save(path: Path, model: SavedModel) -> None:
+def save(path: Path, model: SavedModel, largest_file: int | None = None) -> None:
     """Write config.json and model.safetensors into a directory that exists.
 
     The tied matrix is stored once, as in the published files.
 
+    Args:
+        path: The directory.
+        model: What to write.
+        largest_file: Bytes beyond which the weights are spread over several files.
+
     Raises:
         NopeError: A weight is not a finite number; names its tensor.
     """
+    refuse_infinite(model.state, str(path))
     names = published_names(model.config.num_decoder_layers)
-    tensors = {}
-    for name, published in names.items():
-        tensor = model.state[name].detach().to("cpu").contiguous()
-        if not torch.isfinite(tensor).all():
-            raise NopeError(f"{name} holds numbers that are not finite", where=str(path))
-        tensors[published] = tensor
+    tensors = {published: model.state[name].detach() for name, published in names.items()}
     settings: dict[str, Any] = dict(sorted(model.config.as_dict().items()))
     if model.trained_context_length is not None:
         settings["trained_context_length"] = model.trained_context_length
-    write_tensors(path / WEIGHTS, tensors, metadata={TIED: TIED_PUBLISHED})
+    write_weights(path, tensors, {TIED: TIED_PUBLISHED}, largest_file)
     write_json(path / CONFIG, settings)
+
+
+def refuse_infinite(state: dict[str, Tensor], where: str) -> None:
+    """Refuse weights that are no numbers; names the tensor."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise NopeError(f"{name} holds numbers that are not finite", where=where)
+
+
+def write_weights(
+    path: Path, tensors: dict[str, Tensor], header: dict[str, str], largest_file: int | None
+) -> None:
+    """Write tensors as model.safetensors, or as several files and an index of them."""
+    whole = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+    size = sum(tensor.nbytes for tensor in whole.values())
+    if largest_file is None or size <= largest_file:
+        write_tensors(path / WEIGHTS, whole, metadata=header)
+        return
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    plan = split_torch_state_dict_into_shards(whole, max_shard_size=largest_file)
+    for file, names in plan.filename_to_tensors.items():
+        write_tensors(path / file, {name: whole[name] for name in names}, metadata=header)
+    index = {"metadata": {"total_size": size}, "weight_map": plan.tensor_to_filename}
+    write_json(path / INDEX, index)
 
 
 def upload(path: Path, repo_id: str, **options: Any) -> str:

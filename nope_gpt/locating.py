@@ -14,9 +14,12 @@ from nope_gpt.remote import contacting
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARDS = "model-*.safetensors"
 TOKENIZER = "tokenizer.json"
 RANKS = "tokenizer.tiktoken"
 RUN = "run.json"
+HISTORY = "history.json"
 
 
 Tell = Callable[[str], None]
@@ -68,7 +71,7 @@ def locate(model: str | Path, tell: Tell = untold, **options: Any) -> Path:
 
 def model_in(path: Path, tell: Tell = untold) -> Path:
     """The model directory that a local directory is or leads to."""
-    if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+    if (path / CONFIG).is_file() and ((path / WEIGHTS).is_file() or (path / INDEX).is_file()):
         if (path / MANIFEST).is_file():
             verify(path, read_manifest(path, "checkpoint"))
         return path
@@ -146,5 +149,5 @@ def download(repo_id: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     with contacting("model", repo_id, "try again with a network, or give a local directory"):
-        files = [CONFIG, WEIGHTS, TOKENIZER, RANKS]
+        files = [CONFIG, WEIGHTS, INDEX, SHARDS, TOKENIZER, RANKS, HISTORY]
         return Path(snapshot_download(repo_id, allow_patterns=files, **options))

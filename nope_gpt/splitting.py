@@ -15,9 +15,9 @@ import functools
 import numpy as np
 import tiktoken
 from numpy.typing import NDArray
-from tiktoken_ext.openai_public import r50k_pat_str
 
-PATTERN = str(r50k_pat_str)
+from nope_gpt.byte_pairs import GPT2_PATTERN
+
 WITHOUT_LOOKAHEAD = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 
 BLANKS = [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)]
@@ -38,11 +38,11 @@ class Splitter:
     """Encodes as an encoding does whose pattern is GPT-2's.
 
     Args:
-        encoding: With `PATTERN` as its pattern.
+        encoding: With `GPT2_PATTERN` as its pattern.
     """
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
-        assert encoding._pat_str == PATTERN
+        assert encoding._pat_str == GPT2_PATTERN
         self.mark = encoding.n_vocab
         simple = tiktoken.Encoding(
             encoding.name,

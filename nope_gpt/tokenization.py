@@ -9,19 +9,26 @@ Text never becomes a control token: only the chat template writes those.
 
 from __future__ import annotations
 
-import base64
 import codecs
 import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, SupportsInt
 
 import tiktoken
 
 from nope_gpt.artifacts import DAMAGE, write_file
+from nope_gpt.byte_pairs import (
+    GPT2_PATTERN,
+    as_lines,
+    read_lines,
+    read_tokenizer_json,
+    refuse_gaps,
+)
 from nope_gpt.config import ENCODINGS
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 from nope_gpt.locating import CONFIG, RANKS, TOKENIZER, locate
@@ -36,6 +43,14 @@ CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
 
 FILES = (TOKENIZER, RANKS)
 """What travels with an artefact."""
+
+PUBLISHED_RANKS = {
+    "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930": "r50k_base",
+    "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069": "p50k_base",
+    "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": "cl100k_base",
+    "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d": "o200k_base",
+}
+"""The sha256 of each file of ranks that OpenAI published, as tiktoken has it."""
 
 LONG_TEXT = 1 << 18
 """Characters beyond which `encode_ordinary` may panic where `encode_to_numpy` raises."""
@@ -104,7 +119,7 @@ class BaseTokenizer:
             )
         trainer = Tokenizer()
         trainer.train_from_iterator(
-            (clean(text) for text in texts), vocabulary_size - 1, pattern=split_pattern()
+            (clean(text) for text in texts), vocabulary_size - 1, pattern=GPT2_PATTERN
         )
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         if len(ranks) < vocabulary_size - 1:
@@ -138,7 +153,10 @@ class BaseTokenizer:
         if not path.is_file() and (directory / CONFIG).is_file():
             return cls.from_tiktoken(encoding_by_size(directory))
         try:
-            name = json.loads(path.read_text(encoding="utf-8"))["name"]
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if "model" in document:
+                return cls(encoding_from(*read_tokenizer_json(document, str(path)), str(path)))
+            name = document["name"]
         except FileNotFoundError:
             raise MissingError(f"there is no {TOKENIZER} here", where=str(directory)) from None
         except DAMAGE as error:
@@ -155,7 +173,7 @@ class BaseTokenizer:
                 f"no {RANKS} with its ranks",
                 where=str(path),
             )
-        ranks = read_ranks(directory / RANKS)
+        ranks = read_lines(directory / RANKS)
         if name != bpe_name(len(ranks) + 1):
             raise NopeError(
                 f"the tokenizer is {str(name)[:80]!r}, and {RANKS} has {len(ranks)} ranks",
@@ -167,10 +185,7 @@ class BaseTokenizer:
         """Write the files that travel with an artefact."""
         content = json.dumps({"name": self.name})
         if self.is_own and self.name != "bytes":
-            lines = (
-                base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()
-            )
-            write_file(directory / RANKS, b"".join(lines))
+            write_file(directory / RANKS, as_lines(self.ranks))
         write_file(directory / TOKENIZER, content.encode())
 
     @property
@@ -241,9 +256,9 @@ class BaseTokenizer:
     @functools.cached_property
     def encode_whole(self) -> Callable[[str], NDArray[np.uint32]]:
         """The fastest exact way to encode a text without lone surrogates."""
-        from nope_gpt.splitting import PATTERN, Splitter
+        from nope_gpt.splitting import Splitter
 
-        if self.encoding._pat_str == PATTERN:
+        if self.encoding._pat_str == GPT2_PATTERN:
             return Splitter(self.encoding).encode
         return functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
 
@@ -424,36 +439,49 @@ def bpe_name(vocabulary_size: int) -> str:
     return f"bpe-{vocabulary_size}"
 
 
-def split_pattern() -> str:
-    """How text is cut into words before merging: as GPT-2 did, which every tool knows."""
-    from tiktoken_ext.openai_public import r50k_pat_str
-
-    return str(r50k_pat_str)
-
-
 def encoding_of(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
     """An encoding of our own, with `<|endoftext|>` after the ranks."""
     return tiktoken.Encoding(
         name,
-        pat_str=split_pattern(),
+        pat_str=GPT2_PATTERN,
         mergeable_ranks=ranks,
         special_tokens={END_OF_TEXT: len(ranks)},
     )
 
 
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """Read ranks in tiktoken's format: a token in base64 and its rank on each line."""
-    ranks: dict[bytes, int] = {}
-    try:
-        for line in path.read_bytes().splitlines():
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except (OSError, ValueError) as error:
-        raise NopeError(f"the ranks cannot be read: {error}", where=str(path)) from None
-    whole = sorted(ranks.values()) == list(range(len(ranks)))
-    if not whole or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise NopeError("the ranks are not whole: some are missing or doubled", where=str(path))
-    return ranks
+def encoding_from(
+    ranks: dict[bytes, int], pattern: str, added: dict[str, int], where: str
+) -> tiktoken.Encoding:
+    """The encoding that another tool's files describe, without a network.
+
+    Args:
+        ranks: Of the byte-pair tokens.
+        pattern: For cutting text into words.
+        added: Every other token, the control tokens too.
+        where: It was read from.
+
+    Raises:
+        NopeError: It is damaged, or not one that this program writes.
+    """
+    digest = hashlib.sha256(as_lines(dict(sorted(ranks.items(), key=itemgetter(1))))).hexdigest()
+    if digest in PUBLISHED_RANKS:
+        name = PUBLISHED_RANKS[digest]
+    else:
+        refuse_gaps(ranks, where)
+        is_bytes = len(ranks) == 256 and all(token[0] == rank for token, rank in ranks.items())
+        name = "bytes" if is_bytes else bpe_name(len(ranks) + 1)
+    own = {text: id for text, id in added.items() if text not in CONTROL_TOKENS}
+    if END_OF_TEXT not in own:
+        raise NopeError(f"the tokenizer has no {END_OF_TEXT}", where=where)
+    taken = set(ranks.values())
+    for text, id in own.items():
+        if id in taken or not 0 <= id < 2 * LARGEST_BPE:
+            raise NopeError(f"the tokenizer gives {text} the id {id}", where=where)
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=own)
+    for index, text in enumerate(CONTROL_TOKENS):
+        if added.get(text, encoding.n_vocab + index) != encoding.n_vocab + index:
+            raise NopeError(f"{text} is token {added[text]}, not one after all others", where=where)
+    return encoding
 
 
 def encoding_by_size(directory: Path) -> str:

@@ -422,7 +422,7 @@ def test_the_json_of_a_run_is_a_settings_file(tmp_path: Path) -> None:
         ("tune", ["--lora_rank=0"], None, "--rank is 0, and must be at least 1", ""),
         ("generate", ["--top-p=2"], None, "--top-p is 2.0, and must be at most 1", ""),
         ("generate", ["--temperature=-1"], None, "--temperature is -1.0, and must be at least", ""),
-        ("export", ["--format=zip"], None, "--format is zip, and must be one of hub", ""),
+        ("export", ["--dtype=int3"], None, "--dtype is int3, and must be one of auto", ""),
         ("pretrain", [], "batch_size = 0", "--batch-size is 0, and must be at least 1", "a.toml"),
         ("pretrain", [], "batch_size = 'x'", "--batch-size is 'x', and must be a whole", "a.toml"),
         ("pretrain", [], "batch_size = true", "--batch-size is True, and must be a", "a.toml"),
@@ -553,7 +553,7 @@ def test_the_whole_family_speaks_results_on_stdout_and_everything_else_on_stderr
     assert "adapters of rank 4" in err
 
     out, _ = done("export", "--model", "runs/tune", "--json")
-    exported = json.loads(out)["export"]
+    exported = json.loads(out)["exports"][0]["path"]
     assert Path(exported, "model.safetensors").is_file()
     assert done("export", "--model", "runs/tune", "--output", "o")[0] == "o\n"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from nope_gpt.cli.options import JSON, configured
-from nope_gpt.cli.terminal import result, waiting
+from nope_gpt.cli.terminal import result, say
 from nope_gpt.config import ExportConfig
 
 
@@ -11,17 +13,34 @@ from nope_gpt.config import ExportConfig
 def command(config: ExportConfig, json: bool) -> None:
     """Write a model as a directory that other programs read, adapters folded in.
 
-    What was written is loaded again and compared with its source before it appears. This
-    is also the only command that reads the .pt checkpoints of the old scripts.
+    What was written is read again by the real library, where it is installed, and compared with
+    its source before it appears: logits, a greedy continuation, and the tokens of texts of every
+    script. This is also the only command that reads the .pt checkpoints of the old scripts.
 
     Examples:
 
     - `nope export --model runs/tune --output exports/my-model`
 
+    - `nope export --model runs/tune --format transformers,llama,gguf --quantize q8_0,q4_k_m`
+
+    - `nope export --model runs/tune --format transformers --push-to-hub me/my-model`
+
     - `nope export --model checkpoints/checkpoint.pt --format hub`
     """
-    from nope_gpt.export.hub_layout import export
+    from nope_gpt.export.card import can_draw
+    from nope_gpt.export.exporting import export
 
-    with waiting(f"exporting {config.model}"):
-        path = export(config)
-    result(str(path), {"export": str(path), "format": config.format}, json)
+    say(f"loading {config.model}")
+    made = export(config, say)
+    if not can_draw():
+        say("the card has no picture: pip install 'nope-gpt[plots]' draws the losses", style="dim")
+    listing = [
+        {
+            "format": item.format,
+            "path": str(item.path),
+            "url": item.url,
+            "parity": [asdict(report) for report in item.reports],
+        }
+        for item in made
+    ]
+    result("\n".join(item.url or str(item.path) for item in made), {"exports": listing}, json)

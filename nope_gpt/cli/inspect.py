@@ -92,7 +92,7 @@ def summary(manifest: dict[str, Any]) -> str:
 
 def report(manifest: dict[str, Any]) -> str:
     """What a data set holds, in lines, with a histogram of the lengths."""
-    from nope_gpt.data.report import bytes_per_token, num_refused
+    from nope_gpt.data.report import bytes_per_token, num_refused, used_sources
 
     stats, tokenizer = manifest["statistics"], manifest["tokenizer"]
     kind = KINDS[manifest["content"]]
@@ -116,12 +116,6 @@ def report(manifest: dict[str, Any]) -> str:
     elif stats["duplicates"]:
         lines.append(f"{stats['duplicates']:,} repeat another of the same shard (--deduplicate)")
     return "\n".join([*lines, "tokens a document", *histogram(stats["lengths"])])
-
-
-def used_sources(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sources that this data set has documents of; its siblings have the others."""
-    names = {shard["source"] for shard in manifest["shards"]}
-    return [source for source in manifest["recipe"]["sources"] if source["name"] in names]
 
 
 def counted(count: int, noun: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from nope_gpt.cli.options import configured
-from nope_gpt.cli.terminal import duration, result, say, waiting
+from nope_gpt.cli.terminal import duration, result, say
 from nope_gpt.config import (
     PRESETS,
     ChatConfig,
@@ -133,13 +134,12 @@ def tune(root: Path, datasets: Path, base: Path, config: QuickstartConfig) -> Pa
 
 def export(root: Path, tuned: Path) -> Path:
     """The assistant in the published layout."""
-    from nope_gpt.export.hub_layout import export as export_model
+    from nope_gpt.export.exporting import export as export_model
 
     output = root / "exports" / "docs-chat"
     announce(f"export --model {tuned} --output {output} --overwrite")
-    with waiting("  writing and checking"):
-        settings = ExportConfig(model=str(tuned), output=str(output), overwrite=True)
-        return export_model(settings)
+    settings = ExportConfig(model=str(tuned), output=str(output), overwrite=True)
+    return export_model(settings, partial(say, style="dim"))[0].path
 
 
 def ask(base: Path, config: QuickstartConfig) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from nope_gpt.config.panels import DATA, MODEL, OPTIMIZATION, RUN
 from nope_gpt.config.shape import ModelConfig
 from nope_gpt.config.training import LEARNING_RATES
+from nope_gpt.errors import UsageError
 from nope_gpt.knobs import Knobs, knob
+
+FORMATS = ("hub", "transformers", "llama", "gguf")
+"""What `nope export` writes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +31,77 @@ class ExportConfig(Knobs):
         panel=RUN,
         shown_default="exports/ and the model's name",
     )
-    format: str = knob("hub", "hub: the published layout.", panel=RUN, choices=("hub",))
+    format: str = knob(
+        "hub",
+        "hub: the published layout; transformers: an Arcee; llama: a Llama, for vLLM and MLX-LM; "
+        "gguf: for llama.cpp, Ollama and LM Studio. Several, with commas, make a directory each.",
+        panel=RUN,
+    )
+    adapter: tuple[str, ...] = knob(
+        (),
+        "Adapter to fold into the model: a run of `nope tune`, or a checkpoint of one; may be "
+        "given again, the older one first.",
+        panel=MODEL,
+    )
+    dtype: str = knob(
+        "auto",
+        "What the weights are written in; auto as they are.",
+        panel=RUN,
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantize: str | None = knob(
+        None,
+        "Of gguf, the files to write instead of one in --dtype: q8_0, or through llama.cpp's own "
+        "quantizer q4_k_m and others, with commas.",
+        panel=RUN,
+        shown_default="none",
+    )
+    dense: bool = knob(
+        False,
+        "Of gguf, write the MLP with a matrix of zeros more, for programs that refuse a mixture of "
+        "one expert.",
+        panel=RUN,
+    )
+    context_length: int | None = knob(
+        None,
+        "Tokens that other programs may plan for.",
+        panel=MODEL,
+        shown_default="what it was trained on, or 8192",
+        minimum=1,
+    )
+    license: str | None = knob(
+        None, "License to name in the model card, such as apache-2.0.", panel=RUN
+    )
+    push_to_hub: str | None = knob(
+        None,
+        "Upload to this repository, OWNER/NAME, what has passed its comparison; of several formats "
+        "each to OWNER/NAME-FORMAT.",
+        panel=RUN,
+    )
+    private: bool = knob(False, "Make the repository a private one.", panel=RUN)
     overwrite: bool = knob(False, "Replace a directory that is already there.", panel=RUN)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.formats:
+            if name not in FORMATS:
+                raise UsageError(f"--format is {name!r}, and must be one of {', '.join(FORMATS)}")
+        gguf_alone = [flag for flag in ("quantize", "dense") if getattr(self, flag)]
+        if gguf_alone and "gguf" not in self.formats:
+            raise UsageError(f"--{gguf_alone[0]} is of --format gguf, which is not asked for")
+        if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise UsageError(f"--push-to-hub is {self.push_to_hub!r}, and must be OWNER/NAME")
+
+    @property
+    def formats(self) -> list[str]:
+        """Each format once, in the order that was asked for."""
+        return list(dict.fromkeys(part.strip() for part in self.format.split(",")))
+
+    @property
+    def quantizations(self) -> list[str]:
+        """Each quantization once."""
+        parts = (part.strip().lower() for part in (self.quantize or "").split(","))
+        return list(dict.fromkeys(part for part in parts if part))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -43,3 +43,10 @@ def num_refused(stats: Json) -> int:
 def bytes_per_token(stats: Json) -> float:
     """How much text a token holds."""
     return float(stats["text_bytes"] / max(stats["tokens"], 1))
+
+
+def used_sources(manifest: Json) -> list[Json]:
+    """The sources that a data set has documents of; its siblings have the others."""
+    names = {shard["source"] for shard in manifest["shards"]}
+    sources = manifest.get("recipe", {}).get("sources", [])
+    return [source for source in sources if source["name"] in names]

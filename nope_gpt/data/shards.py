@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from nope_gpt.artifacts import MANIFEST, array_file, read_manifest
 from nope_gpt.data.documents import CHAT, PREFERENCE, TEXT
 from nope_gpt.data.encoding import EncodedDocument, Tokens
+from nope_gpt.data.report import used_sources
 from nope_gpt.errors import NopeError, UsageError
 
 NEEDED = {"content": str, "tokenizer": dict, "shards": list}
@@ -212,6 +213,17 @@ class Dataset:
             if name.startswith("shard-")
         )
         return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What it is made from, for people: its name and size, and its sources."""
+        sources = []
+        for source in used_sources(self.manifest):
+            entry = {name: source[name] for name in ("name", "repo", "revision") if name in source}
+            sources.append(entry | {"files": len(source["files"])})
+        stats = self.manifest.get("statistics", {})
+        counts = {name: stats[name] for name in ("documents", "tokens") if name in stats}
+        return {"name": self.path.name, **counts, "sources": sources}
 
     @functools.cached_property
     def shards(self) -> list[Shard]:

@@ -2,63 +2,243 @@
 
 from __future__ import annotations
 
-from nope_gpt.model import NoPEGPT
-from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
+import importlib.util
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-HEAD = """---
-library_name: nope-gpt
-pipeline_tag: text-generation
-tags:
-- nope-gpt
-- text-generation
----
+from nope_gpt.export.parity import Report
+from nope_gpt.export.source import Source
+from nope_gpt.history import Stage
 
-# {name}
+PICTURE = "loss.png"
 
-A NoPE GPT {kind}: a decoder-only transformer without positional embeddings.
+LIBRARIES = {"hub": "nope-gpt", "transformers": "transformers", "llama": "transformers"}
 
-| | |
-|---|---|
-| Parameters | {parameters:,} |
-| Vocabulary | {vocabulary_size:,} tokens, {encoding} |
-| Embedding dimensions | {embedding_dimensions:,} |
-| Query / key-value heads | {num_q_heads} / {num_kv_heads} |
-| Layers | {num_decoder_layers} |
-| Hidden ratio | {hidden_ratio} |
-| Trained context length | {context} |
-| Weights | {dtype} |
-
-## Use it
-
-```sh
-pip install "nope-gpt>=0.2"
-nope {command} --model {name}
-```
-
-```python
-from nope_gpt.model import NoPEGPT
-from nope_gpt.tokenization import {tokenizer}
-
-model = NoPEGPT.from_pretrained("{name}")
-tokenizer = {tokenizer}.from_pretrained("{name}")
-```
-
-`{name}` is this directory, or the id of the repository that holds it.
-"""
+VERBS = {"pretrain": "Pretraining", "tune": "Tuning"}
 
 
-def model_card(name: str, model: NoPEGPT, tokenizer: BaseTokenizer) -> str:
-    """Describe a model in Markdown."""
-    is_chat = isinstance(tokenizer, ChatTokenizer)
-    length = model.trained_context_length
-    return HEAD.format(
-        name=name,
-        kind="chat model" if is_chat else "base model",
-        command="chat" if is_chat else 'generate "Once upon a time"',
-        tokenizer=type(tokenizer).__name__,
-        encoding=tokenizer.name,
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        context=f"{length:,} tokens" if length else "not recorded",
-        dtype=str(model.token_embeddings.weight.dtype).removeprefix("torch."),
-        **model.config.as_dict(),
+def model_card(
+    name: str, format: str, source: Source, reports: Sequence[Report], directory: Path
+) -> str:
+    """Describe an exported model in Markdown.
+
+    Args:
+        name: Of its directory.
+        format: Of it.
+        source: What was exported.
+        reports: How it compares with that.
+        directory: With its files.
+    """
+    kind = "chat model" if source.is_chat else "base model"
+    parts = [
+        front_matter(format, source),
+        f"# {name}",
+        f"A NoPE GPT {kind}: a decoder-only transformer without positional embeddings.",
+        table(architecture(source)),
+        "## Use it",
+        usage(name, format, source, directory),
+        *training(source, has_picture=(directory / PICTURE).is_file()),
+        "## Compared with its source",
+        "What is in this directory was read again before it was put here, and compared with the "
+        "model that it was written from, in float32.",
+        *(f"- {report.line[0].upper()}{report.line[1:]}." for report in reports),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(format: str, source: Source) -> str:
+    """What the Hub reads."""
+    lines = ["pipeline_tag: text-generation", "tags:", "- nope-gpt", "- text-generation"]
+    if format in LIBRARIES:
+        lines.insert(0, f"library_name: {LIBRARIES[format]}")
+    if format == "gguf":
+        lines.append("- gguf")
+    if source.license:
+        lines.append(f"license: {source.license}")
+    datasets = sorted({entry["repo"] for entry in sources_of(source.history) if "repo" in entry})
+    if datasets:
+        lines += ["datasets:", *(f"- {repo}" for repo in datasets)]
+    return "\n".join(["---", *lines, "---"])
+
+
+def architecture(source: Source) -> dict[str, str]:
+    """The network, for people."""
+    config, length = source.saved.config, source.saved.trained_context_length
+    facts = {
+        "Parameters": f"{source.num_parameters:,}",
+        "Vocabulary": f"{config.vocabulary_size:,} tokens, {source.tokenizer.name}",
+        "Embedding dimensions": f"{config.embedding_dimensions:,}",
+        "Query / key-value heads": f"{config.num_q_heads} / {config.num_kv_heads}",
+        "Layers": str(config.num_decoder_layers),
+        "MLP": f"SiLU, {config.hidden_dimensions:,} hidden neurons",
+        "Trained context length": f"{length:,} tokens" if length else "not recorded",
+        "Weights": str(source.dtype).removeprefix("torch."),
+    }
+    tokens = sum(stage["tokens"] for stage in source.history)
+    if tokens:
+        facts["Tokens seen in training"] = f"{tokens:,}"
+    if source.license:
+        facts["License"] = source.license
+    return facts
+
+
+def table(facts: dict[str, str]) -> str:
+    """A table of two columns."""
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
     )
+
+
+def code(language: str, *lines: str) -> str:
+    """A block of code."""
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def usage(name: str, format: str, source: Source, directory: Path) -> str:
+    """How to run it in the tools that it is for."""
+    makers = {
+        "hub": use_hub,
+        "transformers": use_transformers,
+        "llama": use_llama,
+        "gguf": use_gguf,
+    }
+    note = f"`{name}` is this directory, or the id of the repository that holds it."
+    return "\n\n".join([*makers[format](name, source, directory), note])
+
+
+def own_use(name: str, source: Source) -> str:
+    """The line of this program's."""
+    verb = "chat" if source.is_chat else 'generate "Once upon a time"'
+    return code("sh", "pip install 'nope-gpt>=0.2'", f"nope {verb} --model {name}")
+
+
+def use_hub(name: str, source: Source, _: Path) -> list[str]:
+    """In this package, old and new."""
+    tokenizer = type(source.tokenizer).__name__
+    return [
+        own_use(name, source),
+        code(
+            "python",
+            "from nope_gpt.model import NoPEGPT",
+            f"from nope_gpt.tokenization import {tokenizer}",
+            "",
+            f'model = NoPEGPT.from_pretrained("{name}")',
+            f'tokenizer = {tokenizer}.from_pretrained("{name}")',
+        ),
+    ]
+
+
+def use_transformers(name: str, source: Source, _: Path) -> list[str]:
+    """In transformers, and in vLLM and SGLang through it."""
+    prompt = '[{"role": "user", "content": "Hello!"}]' if source.is_chat else '"Once upon a time"'
+    return [
+        "No code of ours is needed: to transformers the network is an Arcee that does not turn "
+        "its queries and keys.",
+        code(
+            "python",
+            "from transformers import pipeline",
+            "",
+            f'answer = pipeline("text-generation", model="{name}")',
+            f"print(answer({prompt}, max_new_tokens=100))",
+        ),
+        "vLLM and SGLang run it through transformers; for vLLM the llama format is faster:",
+        code(
+            "sh",
+            f"vllm serve {name}",
+            f"sglang serve --model-path {name} --model-impl transformers",
+        ),
+        "It is also a model of this package's:",
+        own_use(name, source),
+    ]
+
+
+def use_llama(name: str, source: Source, _: Path) -> list[str]:
+    """In vLLM and MLX-LM."""
+    return [
+        "For vLLM and MLX-LM, to whom the network is a Llama that does not turn its queries and "
+        "keys, with one more matrix of zeros in each MLP. **Not for SGLang**, which leaves the "
+        "MLP's biases out without a word: give it the transformers format.",
+        code("sh", f"vllm serve {name}", f"mlx_lm.generate --model {name} --prompt 'Hello!'"),
+        "It is also a model of transformers' and of this package's:",
+        own_use(name, source),
+    ]
+
+
+def use_gguf(name: str, source: Source, directory: Path) -> list[str]:
+    """In llama.cpp, Ollama and LM Studio."""
+    files = [path.name for path in sorted(directory.glob("*.gguf"))]
+    title = name.lower().replace("/", "-")
+    mode = "" if source.is_chat else " -no-cnv"
+    return [
+        code(
+            "sh",
+            f"llama-cli -m {name}/{files[0]}{mode} -p 'Hello!'",
+            f"llama-server -m {name}/{files[0]} --jinja",
+            f"cd {name} && ollama create {title} -f Modelfile && ollama run {title}",
+        ),
+        "LM Studio finds it in its models' directory. Files: "
+        + ", ".join(f"`{file}`" for file in files)
+        + ".",
+    ]
+
+
+def training(source: Source, *, has_picture: bool) -> list[str]:
+    """How it came to be, as far as it is known."""
+    if not source.history:
+        return []
+    rows = ["| | Steps | Tokens | Loss at the end, held out | Data |", "|---|---|---|---|---|"]
+    rows += [stage_row(stage) for stage in source.history]
+    picture = [f"![Loss by step]({PICTURE})"] if has_picture else []
+    return ["## Training", "\n".join(rows), *picture]
+
+
+def stage_row(stage: Stage) -> str:
+    """A stage in a row of a table."""
+    losses = stage["losses"]["eval_loss"]
+    data = stage.get("data") or {"name": "not recorded", "sources": []}
+    sources = "; ".join(map(in_words, data["sources"]))
+    return (
+        f"| {VERBS.get(stage['command'], stage['command'])} | {stage['step']:,} | "
+        f"{stage['tokens']:,} | {f'{losses[-1][1]:.3f} nats' if losses else 'not recorded'} | "
+        f"{data['name']}{f': {sources}' if sources else ''} |"
+    )
+
+
+def in_words(entry: dict[str, Any]) -> str:
+    """A source of data, with its revision."""
+    if "repo" in entry:
+        return f"{entry['name']} ({entry['repo']}@{str(entry.get('revision', ''))[:12]})"
+    return str(entry["name"])
+
+
+def sources_of(history: list[Stage]) -> list[dict[str, Any]]:
+    """Every source of data of every stage."""
+    return [entry for stage in history for entry in (stage.get("data") or {}).get("sources", [])]
+
+
+def pictures(source: Source) -> dict[str, bytes]:
+    """The loss by step of each stage, if it is known and matplotlib is installed to draw it."""
+    stages = [stage for stage in source.history if stage["losses"]["loss"]]
+    if not stages or not can_draw():
+        return {}
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(stages), 3.4), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        for name, style in (("loss", {"alpha": 0.6}), ("eval_loss", {"marker": "o", "ms": 3})):
+            if stage["losses"][name]:
+                label = "training" if name == "loss" else "held out"
+                axes.plot(*zip(*stage["losses"][name], strict=True), label=label, **style)
+        axes.set(title=VERBS.get(stage["command"]), xlabel="step", ylabel="nats a token")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+    return {PICTURE: content.getvalue()}
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None

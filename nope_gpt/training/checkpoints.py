@@ -19,13 +19,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nope_gpt.artifacts import FORMAT_VERSION, publish, read_manifest, write_json, write_tensors
-from nope_gpt.errors import CapacityError, MissingError, NopeError
+from nope_gpt.artifacts import (
+    FORMAT_VERSION,
+    publish,
+    read_manifest,
+    refuse_small_disk,
+    write_json,
+    write_tensors,
+)
+from nope_gpt.errors import MissingError, NopeError
+from nope_gpt.history import STATE
 from nope_gpt.locating import Tell, checkpoints_in, newest_checkpoint, step_of, untold
-from nope_gpt.sizing import format_bytes
 
 OPTIMIZER = "optimizer.safetensors"
-STATE = "state.json"
 
 Tensors = dict[str, Tensor]
 
@@ -112,7 +118,7 @@ class Saver:
                 checkpoints are whole.
         """
         self.wait()
-        refuse_small_disk(self.directory, snapshot.size)
+        refuse_small_disk(self.directory, snapshot.size, "a checkpoint", "--checkpoint-path")
         self.pending = self.thread.submit(self.write, snapshot)
 
     def wait(self) -> None:
@@ -142,22 +148,6 @@ class Saver:
         read_manifest(path, "checkpoint")
         prune(self.directory, step, self.keep, self.keep_every)
         return path
-
-
-def refuse_small_disk(directory: Path, size: int) -> None:
-    """Refuse to begin a checkpoint that the disk has no room for.
-
-    Raises:
-        CapacityError: With both figures.
-    """
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if size > free:
-        raise CapacityError(
-            f"a checkpoint takes {format_bytes(size)}, and the disk has {format_bytes(free)} left",
-            where=str(directory),
-            hint="free some space, or choose another --checkpoint-path",
-        )
 
 
 def prune(directory: Path, step: int, keep: int, keep_every: int | None = None) -> None:

@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: Resum
         task = Pretraining.of(config)
         precision = resolve_precision(config.precision, launch.device)
         with (
-            begun(config, task.facts, resume, launch.ranks, config.max_steps) as run,
+            begun(config, task.facts, task.origin, resume, launch.ranks, config.max_steps) as run,
             explaining_memory(config, task.model_config, precision),
         ):
             job = task.job(launch.device)
@@ -131,6 +131,11 @@ class Pretraining:
             "document masking": self.config.document_masking,
             "seed": self.config.seed,
         }
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the model is made from."""
+        return {"data": self.dataset.origin, "before": []}
 
     @property
     def tokens_per_step(self) -> int:

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from nope_gpt.artifacts import DAMAGE, write_file, writing
 from nope_gpt.errors import NopeError
+from nope_gpt.history import METRICS
 
 CROSS_ENTROPY = "Cross Entropy"
 """The name of the usual loss, as the published dashboards have it."""
@@ -150,7 +151,7 @@ class RunLog(Listener):
         """Drop what was logged after a step, because those steps are about to be done again."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = self.directory / "metrics.jsonl"
+        self.path = self.directory / METRICS
         kept = [line for number, line in rows(self.path) if number <= step]
         write_file(self.path, "".join(kept).encode())
         self.file: IO[str] = self.path.open("a", encoding="utf-8")

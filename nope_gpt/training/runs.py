@@ -28,6 +28,7 @@ from nope_gpt.artifacts import (
 from nope_gpt.config import TrainingConfig
 from nope_gpt.device import Ranks, draw_seed, resolve_device, reuse_freed_memory
 from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.history import STATE
 from nope_gpt.locating import RUN, checkpoints_in, step_of
 from nope_gpt.training import checkpoints, distribution
 from nope_gpt.training.watchdog import Watchdog
@@ -104,12 +105,19 @@ def stored_record(path: Path, command: str) -> dict[str, Any]:
     return record
 
 
-def open_run(config: TrainingConfig, facts: dict[str, Any], resume: Resume, num_steps: int) -> Run:
+def open_run(
+    config: TrainingConfig,
+    facts: dict[str, Any],
+    origin: dict[str, Any],
+    resume: Resume,
+    num_steps: int,
+) -> Run:
     """Begin a run, or go on with one.
 
     Args:
         config: Resolved, its seed included.
         facts: What must not change while the run goes on: model, tokenizer, data.
+        origin: What the model is made from, for its history.
         resume: Go on from the newest valid checkpoint, if there is one, or from this one.
         num_steps: Where it is to end.
 
@@ -124,6 +132,7 @@ def open_run(config: TrainingConfig, facts: dict[str, Any], resume: Resume, num_
         "checkpoints": str(checkpoint_path(config)),
         "config": config.as_dict(),
         "facts": facts,
+        **origin,
     }
     directory = path / checkpoint_path(config)
     passed_over: list[str] = []
@@ -216,7 +225,7 @@ def origin_of(path: Path, command: str) -> tuple[Resume, list[tuple[str, Mapping
             where=str(path),
             hint="give a run, such as runs/NAME, or a checkpoint in one: checkpoints/step-N",
         )
-    is_checkpoint = (path / checkpoints.STATE).is_file()
+    is_checkpoint = (path / STATE).is_file()
     run = path.absolute().parent.parent if is_checkpoint else path.absolute()
     layers: list[tuple[str, Mapping[str, Any]]] = [(str(path), stored["config"])]
     if stored_record(run, command):
@@ -263,6 +272,7 @@ def launched(config: C) -> Iterator[tuple[C, Launch]]:
 def begun(
     config: TrainingConfig,
     facts: dict[str, Any],
+    origin: dict[str, Any],
     resume: Resume,
     ranks: Ranks,
     num_steps: int,
@@ -279,7 +289,7 @@ def begun(
                 stack.enter_context(locked(path))
                 if config.checkpoint_path is not None:
                     stack.enter_context(locked(path / checkpoint_path(config)))
-                outcome = open_run(config, facts, resume, num_steps)
+                outcome = open_run(config, facts, origin, resume, num_steps)
             except NopeError as error:
                 outcome = error
         outcome = distribution.shared(outcome)

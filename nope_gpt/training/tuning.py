@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nope_gpt import adapters, hub, lora
 from nope_gpt.adapters import Adapter
-from nope_gpt.artifacts import describe
 from nope_gpt.config import TuneConfig
 from nope_gpt.data.chats import ChatBatches
 from nope_gpt.data.documents import CHAT, PREFERENCE
@@ -19,8 +18,9 @@ from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
 from nope_gpt.device import resolve_precision
 from nope_gpt.errors import UsageError
+from nope_gpt.history import stages_of
 from nope_gpt.hub import TIED, SavedModel
-from nope_gpt.locating import WEIGHTS, locate
+from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import ChatTokenizer
 from nope_gpt.training.execution import execute
@@ -55,7 +55,7 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: Resume = Fals
         precision = resolve_precision(config.precision, launch.device)
         model = task.model(precision)
         with (
-            begun(config, task.facts, resume, launch.ranks, task.num_steps) as run,
+            begun(config, task.facts, task.origin, resume, launch.ranks, task.num_steps) as run,
             explaining_memory(config, model.config, precision),
         ):
             job = task.job(model.to(launch.device), precision)
@@ -120,7 +120,7 @@ class Tuning:
         config = self.config
         adapter = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout}
         return {
-            "base model": describe(self.base / WEIGHTS),
+            "base model": hub.digest(self.base),
             "tokenizer": self.dataset.tokenizer,
             "data set": self.dataset.fingerprint,
             "subsets": config.dataset_subset,
@@ -133,6 +133,11 @@ class Tuning:
             "optimizer": config.optimizer,
             "seed": config.seed,
         }
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the model is made from."""
+        return {"data": self.dataset.origin, "before": stages_of(self.base)}
 
     @property
     def num_steps(self) -> int:
@@ -224,8 +229,8 @@ class Tuning:
             alpha=config.alpha,
             dropout=config.dropout,
             base=str(config.model),
-            base_sha256=describe(self.base / WEIGHTS)["sha256"],
-            makes_sha256=describe(directory / WEIGHTS)["sha256"],
+            base_sha256=hub.digest(self.base),
+            makes_sha256=hub.digest(directory),
             vocabulary_size=self.saved.config.vocabulary_size,
         )
         adapters.save(directory, adapter)

@@ -1,0 +1,224 @@
+"""The verb `export`: a model to directories that other programs read, each compared with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nope_gpt import __version__, hub
+from nope_gpt.artifacts import (
+    DAMAGE,
+    PARITY,
+    describe,
+    publish,
+    refuse_existing,
+    refuse_small_disk,
+    write_file,
+    write_json,
+)
+from nope_gpt.config import ExportConfig
+from nope_gpt.errors import NetworkError
+from nope_gpt.export import card, gguf_layout, hub_layout, parity, transformers_layout
+from nope_gpt.export.gguf_readers import GgufReader, LlamaCppReader
+from nope_gpt.export.parity import Report
+from nope_gpt.export.readers import OwnReader, Reader, TransformersReader
+from nope_gpt.export.source import Source, open_source
+from nope_gpt.locating import HISTORY
+from nope_gpt.transformers_layout import ARCEE, LLAMA
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        format: Of it.
+        path: Its directory.
+        reports: How it compares with the source, by each of its readers; none if it was there.
+        url: Of the commit on the Hub, if it was uploaded.
+    """
+
+    format: str
+    path: Path
+    reports: list[Report]
+    url: str | None = None
+
+
+def export(config: ExportConfig, tell: Tell = lambda _: None) -> list[Export]:
+    """Write a model in each format, compare each with its source, then upload them.
+
+    Args:
+        config: Every setting.
+        tell: Told what is going on, a line at a time.
+
+    Returns:
+        What was written, in the order of the formats.
+
+    Raises:
+        NopeError: There is no such model, a place cannot be written, or what was written is not
+            what the source is; that format is not kept.
+        NetworkError: An upload failed; everything that was written is kept.
+    """
+    source = open_source(config)
+    places = places_of(source, config)
+    kept = {name for name, path in places.items() if is_made(path, name, source, config)}
+    for name, path in places.items():
+        if name not in kept:
+            refuse_existing(path, overwrite=config.overwrite)
+    gguf_layout.refuse_impossible(config, source)
+    made = []
+    for name, path in places.items():
+        if name in kept:
+            tell(f"{path} is there already, as asked for")
+            made.append(Export(name, path, []))
+        else:
+            made.append(export_one(name, path, source, config, tell))
+    if config.push_to_hub is None:
+        return made
+    return [upload(item, config, tell) for item in made]
+
+
+def places_of(source: Source, config: ExportConfig) -> dict[str, Path]:
+    """The directory of each format: of one the output itself, of several each one in it."""
+    place = Path(config.output).expanduser() if config.output else Path("exports") / source.name
+    several = len(config.formats) > 1
+    return {name: place / name if several else place for name in config.formats}
+
+
+def repository_of(format: str, config: ExportConfig) -> str:
+    """The repository on the Hub of a format."""
+    return f"{config.push_to_hub}{f'-{format}' if len(config.formats) > 1 else ''}"
+
+
+def called(path: Path, format: str, config: ExportConfig) -> str:
+    """What the card calls an export: its repository, or its directory."""
+    if config.push_to_hub:
+        return repository_of(format, config)
+    return f"{path.parent.name}/{path.name}" if len(config.formats) > 1 else path.name
+
+
+def export_one(name: str, path: Path, source: Source, config: ExportConfig, tell: Tell) -> Export:
+    """Write one format, compare it with its source, and put it in its place."""
+    refuse_small_disk(path.parent, size_of(name, source, config), "this export", "--output")
+    with publish(path, overwrite=config.overwrite) as directory:
+        tell(f"writing {path}")
+        reports = []
+        for open_reader in WRITERS[name](directory, source, config):
+            report = parity.compare(source, open_reader())
+            tell(f"  {report.line}")
+            parity.refuse_difference(report, f"--format {name}")
+            reports.append(report)
+        if source.history:
+            write_json(directory / HISTORY, {"stages": source.history})
+        for picture, content in card.pictures(source).items():
+            write_file(directory / picture, content)
+        text = card.model_card(
+            called(path.absolute(), name, config), name, source, reports, directory
+        )
+        write_file(directory / "README.md", text.encode())
+        files = {file.name: describe(file) for file in sorted(directory.iterdir())}
+        write_json(
+            directory / PARITY,
+            {
+                "format": name,
+                "version": __version__,
+                "asked": asked(name, source, config),
+                "reports": [report.as_dict() for report in reports],
+                "files": files,
+            },
+        )
+    return Export(name, path, reports)
+
+
+Readers = list[Callable[[], Reader]]
+"""What reads an artefact again."""
+
+
+def write_hub(directory: Path, source: Source, _: ExportConfig) -> Readers:
+    """The published layout."""
+    hub_layout.write(directory, source)
+    return [partial(OwnReader.of, directory)]
+
+
+def write_transformers(layout: str, directory: Path, source: Source, _: ExportConfig) -> Readers:
+    """A layout of transformers."""
+    transformers_layout.write(directory, source, layout)
+    is_there = TransformersReader.is_there()
+    return [partial(TransformersReader if is_there else OwnReader.of, directory)]
+
+
+def write_gguf(directory: Path, source: Source, config: ExportConfig) -> Readers:
+    """GGUF files; each is compared tensor by tensor too, as llama.cpp rounds what it computes."""
+    readers: Readers = []
+    for path, kind in gguf_layout.write(directory, source, config):
+        readers.append(partial(GgufReader, path, kind))
+        if LlamaCppReader.is_there():
+            readers.append(partial(LlamaCppReader, path, kind))
+    return readers
+
+
+WRITERS: dict[str, Callable[[Path, Source, ExportConfig], Readers]] = {
+    "hub": write_hub,
+    "transformers": partial(write_transformers, ARCEE),
+    "llama": partial(write_transformers, LLAMA),
+    "gguf": write_gguf,
+}
+
+
+def size_of(name: str, source: Source, config: ExportConfig) -> int:
+    """Bytes that a format takes, nearly."""
+    size = sum(weight.nbytes for weight in source.saved.state.values())
+    if name == "gguf":
+        return gguf_layout.size_of(size, source, config)
+    shape = source.saved.config
+    more = shape.num_decoder_layers * shape.embedding_dimensions * shape.hidden_dimensions
+    return size + (more * source.dtype.itemsize if name == "llama" else 0)
+
+
+def asked(name: str, source: Source, config: ExportConfig) -> dict[str, Any]:
+    """What an artefact depends on."""
+    more = {"quantize": config.quantizations, "dense": config.dense} if name == "gguf" else {}
+    return {
+        "weights_sha256": source.fingerprint,
+        "context_length": source.context_length,
+        "license": source.license,
+        **more,
+    }
+
+
+def is_made(path: Path, name: str, source: Source, config: ExportConfig) -> bool:
+    """Whether what is to be uploaded was written and compared already, and is still that."""
+    if config.push_to_hub is None or config.overwrite:
+        return False
+    try:
+        record = json.loads((path / PARITY).read_text(encoding="utf-8"))
+        same = {"format": name, "version": __version__, "asked": asked(name, source, config)}
+        return all(record[key] == value for key, value in same.items()) and all(
+            describe(path / Path(file).name) == entry for file, entry in record["files"].items()
+        )
+    except DAMAGE:
+        return False
+
+
+def upload(item: Export, config: ExportConfig, tell: Tell) -> Export:
+    """Upload what was written; files that are on the Hub already are not sent again.
+
+    Raises:
+        NetworkError: The Hub cannot be reached, or refuses.
+    """
+    repo_id = repository_of(item.format, config)
+    tell(f"uploading {item.path} to {repo_id}")
+    try:
+        return replace(item, url=hub.upload(item.path, repo_id, private=config.private or None))
+    except NetworkError as error:
+        raise NetworkError(
+            error.what,
+            where=error.where,
+            hint=f"{item.path} is kept, and the same command goes on from there; {error.hint}",
+        ) from None

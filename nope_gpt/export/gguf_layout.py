@@ -1,0 +1,298 @@
+"""One file for llama.cpp, Ollama and LM Studio: the architecture is `llama`, and nothing turns.
+
+llama.cpp has no plain MLP with SiLU. A mixture of one expert without a gate is one, with no weight
+more: its router's softmax over one expert is 1. `--dense` writes a gated MLP whose other factor is
+1 instead, a matrix of zeros and a bias of ones.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nope_gpt.artifacts import write_file, writing
+from nope_gpt.blocks import NORM_EPSILON
+from nope_gpt.byte_pairs import merges, spelled, splits_of
+from nope_gpt.config import ExportConfig
+from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.export.chat_template import GO, JINJA
+from nope_gpt.export.source import Source
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+INSTALL = "pip install 'nope-gpt[gguf]'"
+QUANTIZER = "pip install llama-cpp-python, or put llama.cpp's llama-quantize on the PATH"
+
+OWN_QUANTIZATIONS = ("q8_0",)
+"""Written here; others are left to llama.cpp."""
+
+FACTOR = 1e30
+"""What `rope_freqs.weight` divides every frequency by, so that nothing turns."""
+
+NAMES = {
+    "attention_norm": "attn_norm",
+    "attention.q_proj": "attn_q",
+    "attention.k_proj": "attn_k",
+    "attention.v_proj": "attn_v",
+    "attention.out_proj": "attn_output",
+    "feed_forward_norm": "ffn_norm",
+}
+EXPERTS = {"feed_forward.up": "ffn_up_exps", "feed_forward.down": "ffn_down_exps"}
+GATED = {"feed_forward.up": "ffn_gate", "feed_forward.down": "ffn_down"}
+ROUTER = "ffn_gate_inp"
+
+NORMAL, CONTROL, UNUSED = 1, 3, 5
+"""llama.cpp's types of tokens."""
+
+
+def names(num_layers: int, *, dense: bool) -> dict[str, str]:
+    """The name of every tensor in memory, and in the file."""
+    result = {"token_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
+    for layer in range(num_layers):
+        for ours, theirs in (NAMES | (GATED if dense else EXPERTS)).items():
+            result[f"decoder.layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
+    return result
+
+
+def refuse_impossible(config: ExportConfig, source: Source) -> None:
+    """Refuse what cannot be written here, before anything is.
+
+    Raises:
+        NopeError: A library is missing; names it.
+        UsageError: There is no such quantization.
+    """
+    if "gguf" not in config.formats:
+        return
+    if importlib.util.find_spec("gguf") is None:
+        raise NopeError("--format gguf needs the gguf library", hint=INSTALL)
+    splits_of(source.tokenizer.encoding._pat_str)
+    known = [*OWN_QUANTIZATIONS, *quantizations()]
+    for name in config.quantizations:
+        if name not in known:
+            raise UsageError(f"--quantize is {name}, and must be of {', '.join(known)}")
+        if name not in OWN_QUANTIZATIONS and find_quantizer() is None:
+            raise NopeError(f"--quantize {name} needs llama.cpp's own quantizer", hint=QUANTIZER)
+
+
+def quantizations() -> list[str]:
+    """What llama.cpp's quantizer makes of a model by itself, in small letters."""
+    from gguf import LlamaFileType
+
+    names = (kind.name.removeprefix("MOSTLY_").lower() for kind in LlamaFileType)
+    return sorted(name for name in names if name.startswith(("q2", "q3", "q4", "q5", "q6")))
+
+
+def write(directory: Path, source: Source, config: ExportConfig) -> list[tuple[Path, str]]:
+    """Write a file for each quantization, or one in the dtype, and a Modelfile for Ollama.
+
+    Returns:
+        The files of weights, each with what its matrices are kept in.
+    """
+    stem = source.name
+    plain = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[source.dtype]
+    wanted = config.quantizations or [plain]
+    files = {name: directory / f"{stem}-{name}.gguf" for name in wanted}
+    theirs = [name for name in wanted if name not in (plain, *OWN_QUANTIZATIONS)]
+    whole = files.get(plain, directory / f"{stem}-{plain}.gguf")
+    if plain in wanted or theirs:
+        write_gguf(whole, source, plain, dense=config.dense)
+    for name, path in files.items():
+        if name in OWN_QUANTIZATIONS:
+            write_gguf(path, source, name, dense=config.dense)
+        elif name in theirs:
+            quantize(whole, path, name)
+    if plain not in wanted:
+        whole.unlink(missing_ok=True)
+    write_file(directory / "Modelfile", modelfile(next(iter(files.values())).name, source).encode())
+    return [(path, name) for name, path in files.items()]
+
+
+def write_gguf(path: Path, source: Source, kind: str, *, dense: bool) -> None:
+    """Write one file.
+
+    Args:
+        path: Of it.
+        source: What to write.
+        kind: What matrices are kept in: f32, f16, bf16 or q8_0.
+        dense: Whether the MLP is a gated one rather than an expert.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+
+    quantization = GGMLQuantizationType[kind.upper()]
+    writer = GGUFWriter(path, "llama")
+    write_settings(writer, source, dense=dense)
+    file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    writer.add_file_type(LlamaFileType[file_type])
+    write_vocabulary(writer, source)
+    if source.is_chat:
+        writer.add_chat_template(JINJA)
+    write_tensors(writer, source, quantization, dense=dense)
+    with writing(path):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def write_settings(writer: GGUFWriter, source: Source, *, dense: bool) -> None:
+    """Write the shape of the network."""
+    config = source.saved.config
+    writer.add_name(source.name)
+    if source.license:
+        writer.add_license(source.license)
+    writer.add_vocab_size(config.vocabulary_size)
+    writer.add_context_length(source.context_length)
+    writer.add_embedding_length(config.embedding_dimensions)
+    writer.add_block_count(config.num_decoder_layers)
+    writer.add_feed_forward_length(config.hidden_dimensions)
+    writer.add_head_count(config.num_q_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dimensions)
+    writer.add_value_length(config.head_dimensions)
+    writer.add_layer_norm_rms_eps(NORM_EPSILON)
+    writer.add_rope_dimension_count(config.head_dimensions)
+    writer.add_rope_freq_base(10000.0)
+    if not dense:
+        writer.add_expert_count(1)
+        writer.add_expert_used_count(1)
+
+
+def write_vocabulary(writer: GGUFWriter, source: Source) -> None:
+    """Write the tokens, how they merge, and which of them end a text."""
+    size = source.saved.config.vocabulary_size
+    tokens = [f"<|unused_{id}|>" for id in range(size)]
+    types = [UNUSED] * size
+    for token, rank in source.tokenizer.ranks.items():
+        tokens[rank], types[rank] = spelled(token), NORMAL
+    for text, id in source.plain_tokens.items():
+        tokens[id], types[id] = text, NORMAL  # Nothing merges to it.
+    for text, id in source.special_tokens.items():
+        tokens[id], types[id] = text, CONTROL
+    pairs = [f"{spelled(left)} {spelled(right)}" for left, right in merges(source.tokenizer.ranks)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splits_of(source.tokenizer.encoding._pat_str)[1])
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    # Of bytes nothing merges, and llama.cpp asks for a list: of these two, nothing is a token.
+    writer.add_token_merges(pairs or [f"{tokens[0]}{tokens[0]} {tokens[0]}"])
+    writer.add_eos_token_id(source.ends[0])
+    writer.add_eot_token_id(source.ends[0])
+    writer.add_pad_token_id(source.tokenizer.pad_token)
+    writer.add_bos_token_id(source.tokenizer.end_of_text)  # Never added, but never another's.
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+
+
+def write_tensors(
+    writer: GGUFWriter, source: Source, kind: GGMLQuantizationType, *, dense: bool
+) -> None:
+    """Write the weights; what has one dimension stays in float32."""
+    from gguf import GGMLQuantizationType
+
+    config = source.saved.config
+    f32 = GGMLQuantizationType.F32
+    for ours, theirs in names(config.num_decoder_layers, dense=dense).items():
+        tensor = source.saved.state[ours]
+        expert = tensor[None] if "_exps" in theirs else tensor
+        add(writer, theirs, expert, f32 if tensor.dim() == 1 else kind)
+    width, hidden = config.embedding_dimensions, config.hidden_dimensions
+    for layer in range(config.num_decoder_layers):
+        if dense:
+            add(writer, f"blk.{layer}.ffn_up.weight", torch.zeros(hidden, width), kind)
+            add(writer, f"blk.{layer}.ffn_up.bias", torch.ones(hidden), f32)
+        else:
+            add(writer, f"blk.{layer}.{ROUTER}.weight", torch.zeros(1, width), f32)
+    add(writer, "rope_freqs.weight", torch.full((config.head_dimensions // 2,), FACTOR), f32)
+
+
+def add(writer: GGUFWriter, name: str, tensor: Tensor, kind: GGMLQuantizationType) -> None:
+    """Write a tensor as a kind, or in float16 where its rows do not fill that kind's blocks."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import quantize as quantized
+
+    if tensor.size(-1) % GGML_QUANT_SIZES[kind][0]:
+        kind = GGMLQuantizationType.F16
+    content: NDArray[Any] = tensor.float().contiguous().numpy()
+    if kind == GGMLQuantizationType.F16:
+        writer.add_tensor(name, content.astype(np.float16))
+    elif kind == GGMLQuantizationType.F32:
+        writer.add_tensor(name, content)
+    else:
+        writer.add_tensor(name, quantized(content, kind), raw_dtype=kind)
+
+
+Quantizer = Callable[[Path, Path, str], None]
+
+
+def find_quantizer() -> Quantizer | None:
+    """llama.cpp's quantizer: its library's, or its program's."""
+    if importlib.util.find_spec("llama_cpp") is not None:
+        return quantize_by_library
+    program = shutil.which("llama-quantize")
+    return None if program is None else partial(quantize_by_program, program)
+
+
+def quantize(source: Path, path: Path, name: str) -> None:
+    """Have llama.cpp write a file again with a quantization.
+
+    Raises:
+        NopeError: It failed.
+    """
+    quantizer = find_quantizer()
+    assert quantizer is not None
+    quantizer(source, path, name)
+    if not path.is_file():
+        raise NopeError(f"llama.cpp could not quantize to {name}", where=str(path))
+
+
+def quantize_by_library(source: Path, path: Path, name: str) -> None:
+    """By llama-cpp-python."""
+    import llama_cpp
+    from gguf import LlamaFileType
+
+    from nope_gpt.export.gguf_readers import quiet
+
+    quiet()
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = int(LlamaFileType[f"MOSTLY_{name.upper()}"])
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), settings):
+        raise NopeError(f"llama.cpp could not quantize to {name}", where=str(path))
+
+
+def quantize_by_program(program: str, source: Path, path: Path, name: str) -> None:
+    """By llama-quantize."""
+    done = subprocess.run(  # noqa: S603
+        [program, str(source), str(path), name.upper()], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise NopeError(f"llama-quantize failed: {reason}", where=str(path))
+
+
+def modelfile(name: str, source: Source) -> str:
+    """How Ollama is to run a file."""
+    lines = [f"FROM ./{name}", f"PARAMETER num_ctx {source.context_length}"]
+    if source.is_chat:
+        lines += ['PARAMETER stop "<|im_end|>"', f'TEMPLATE """{GO}"""']
+    else:
+        lines += ['TEMPLATE "{{ .Prompt }}"']
+    return "\n".join(lines) + "\n"
+
+
+def size_of(size: int, source: Source, config: ExportConfig) -> int:
+    """Bytes that the files take together at most, beside weights of `size` bytes in the dtype."""
+    shape = source.saved.config
+    zeros = shape.num_decoder_layers * shape.embedding_dimensions * shape.hidden_dimensions
+    whole = size + (zeros * source.dtype.itemsize if config.dense else 0)
+    return whole * (1 + len(config.quantizations))

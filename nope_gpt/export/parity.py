@@ -1,0 +1,189 @@
+"""The gate: what was written is read again, and must be what its source is.
+
+Shapes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nope_gpt.errors import NopeError
+from nope_gpt.export.readers import OwnReader, Reader
+from nope_gpt.export.source import Source
+from nope_gpt.memory import Message
+
+NUM_TOKENS = 256
+"""Tokens whose logits are compared."""
+
+NUM_CONTINUED = 24
+"""Tokens that are continued with."""
+
+NUM_TEXTS = 400
+"""Texts whose tokens are compared."""
+
+CONVERSATION: list[Message] = [
+    {"role": "system", "content": "You are brief. Vous êtes bref. 簡潔に。"},
+    {"role": "user", "content": "What is  the\ncapital of France?\n\n- Paris\n- Rome"},
+    {"role": "assistant", "content": "Paris. 🗼"},
+    {"role": "user", "content": "\tAnd of 日本?  "},
+]
+
+SCRIPTS = (
+    (0x20, 0x7F), (0xA0, 0x250), (0x370, 0x500), (0x590, 0x700), (0x900, 0x980), (0xE00, 0xE5C),
+    (0x3041, 0x30FF), (0x4E00, 0x5200), (0xAC00, 0xAD00), (0x2000, 0x2070), (0x1F300, 0x1F700),
+    (0x300, 0x370), (1, 0x20),
+)  # fmt: skip
+"""Of Unicode: Latin to Hangul, punctuation, emoji, marks that join, and what steers terminals."""
+
+BLANKS = (" ", "  ", "\n", "\n\n", "\t", "\r\n", " \n ", "\u3000")
+
+
+@dataclass(frozen=True)
+class Report:
+    """How an artefact compares with its source.
+
+    Attributes:
+        read_by: What read it.
+        num_tokens: Whose logits were compared.
+        largest_error: Between two logits.
+        largest_logit: Of the source.
+        divergence: Nats from the source's distributions to the artefact's, in the mean.
+        likeliest: Share of tokens after which both find the same one likeliest.
+        continued: Of `NUM_CONTINUED` tokens that the artefact finds likeliest one after the other,
+            those that are the source's likeliest too, or as likely within the tolerance.
+        num_texts: Whose tokens were compared.
+        texts: Those that have the same tokens in both.
+        complaints: What is beyond the tolerance; empty if it passed.
+    """
+
+    read_by: str
+    num_tokens: int
+    largest_error: float
+    largest_logit: float
+    divergence: float
+    likeliest: float
+    continued: int
+    num_texts: int
+    texts: int
+    complaints: tuple[str, ...]
+
+    @property
+    def line(self) -> str:
+        """The report for people."""
+        return (
+            f"read by {self.read_by}: largest error {self.largest_error:.1e} of logits up to "
+            f"{self.largest_logit:.1f} (KL {self.divergence:.1e}), {self.continued}/"
+            f"{NUM_CONTINUED} greedy tokens, {self.texts}/{self.num_texts} texts with equal tokens"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"complaints": list(self.complaints)}
+
+
+def compare(source: Source, reader: Reader) -> Report:
+    """Compare an artefact with its source.
+
+    A file that is rounded by design is compared with the weights as they were found.
+    """
+    rounded = reader.tolerance.error is None
+    own = OwnReader(source.exact_reference if rounded else source.reference, source.tokenizer)
+    vocabulary_size = source.saved.config.vocabulary_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary_size, (NUM_TOKENS,), generator=generator).tolist()
+    right, found = own.logits(tokens), reader.logits(tokens)
+    largest = right.abs().max().item()
+    error = (found - right).abs().max().item()
+    divergence = kl_divergence(right, found)
+    opening = tokens[:16]
+    continuation = reader.continuation(opening, NUM_CONTINUED)
+    slack = 2 * max(reader.tolerance.error or 0.0, 1e-6) * largest
+    continued = sum(followed(own.logits([*opening, *continuation]), opening, continuation, slack))
+    same, num_texts = same_tokens(source, own, reader)
+    allowed = reader.tolerance
+    complaints = []
+    if not found.isfinite().all():
+        complaints.append("its logits are not finite")
+    if allowed.error is not None and not error <= allowed.error * largest:
+        complaints.append(
+            f"its logits are off by {error:.3g}, and {allowed.error * largest:.3g} is allowed"
+        )
+    if not divergence <= allowed.divergence:
+        complaints.append(
+            f"its distributions diverge by {divergence:.3g} nats, and {allowed.divergence:.3g} "
+            f"is allowed"
+        )
+    if allowed.error is not None and continued < NUM_CONTINUED:
+        complaints.append(f"{NUM_CONTINUED - continued} of its greedy tokens are not likeliest")
+    if same < num_texts:
+        complaints.append(f"{num_texts - same} of {num_texts} texts have other tokens")
+    return Report(
+        read_by=reader.name,
+        num_tokens=NUM_TOKENS,
+        largest_error=error,
+        largest_logit=largest,
+        divergence=divergence,
+        likeliest=(found.argmax(-1) == right.argmax(-1)).float().mean().item(),
+        continued=continued,
+        num_texts=num_texts,
+        texts=same,
+        complaints=tuple(complaints),
+    )
+
+
+def refuse_difference(report: Report, what: str) -> None:
+    """Raise what a report complains of.
+
+    Raises:
+        NopeError: The artefact is not what its source is.
+    """
+    if report.complaints:
+        raise NopeError(
+            f"the export is not what its source is, and was not kept: "
+            f"{'; '.join(report.complaints)}",
+            where=f"{what}, read by {report.read_by}",
+        )
+
+
+def kl_divergence(right: Tensor, found: Tensor) -> float:
+    """Nats from some distributions to others, in the mean: both [T, V], as logits."""
+    right, found = (F.log_softmax(x.double(), dim=-1) for x in (right, found))
+    return F.kl_div(found, right, reduction="batchmean", log_target=True).item()
+
+
+def followed(logits: Tensor, opening: list[int], tokens: list[int], slack: float) -> list[bool]:
+    """Which of some tokens are likeliest after those before them, or nearly so."""
+    before = logits[len(opening) - 1 : -1]
+    chosen = before.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return (chosen >= before.max(dim=-1).values - slack).tolist()
+
+
+def same_tokens(source: Source, own: OwnReader, reader: Reader) -> tuple[int, int]:
+    """How many texts have the same tokens in both, and how many were compared."""
+    listing = texts(NUM_TEXTS)
+    same = sum(own.tokenize(text) == list(reader.tokenize(text)) for text in listing)
+    if source.is_chat:
+        same += own.tokenize_prompt(CONVERSATION) == list(reader.tokenize_prompt(CONVERSATION))
+    return same, len(listing) + source.is_chat
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Texts of many scripts, blanks and emoji; always the same ones."""
+    draw = random.Random(seed)
+    result = []
+    for _ in range(count):
+        parts = []
+        for _ in range(draw.randint(1, 6)):
+            first, end = draw.choice(SCRIPTS)
+            if draw.random() < 0.4:
+                parts.append(draw.choice((*BLANKS, " " * draw.randint(1, 60))))
+            parts += (chr(draw.randrange(first, end)) for _ in range(draw.choice((1, 2, 3, 8))))
+            if draw.random() < 0.2:
+                parts.append(chr(draw.randrange(first, end)) * draw.randint(1, 20))
+        result.append("".join(parts))
+    return result
