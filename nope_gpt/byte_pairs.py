@@ -129,20 +129,21 @@ def parts_below(token: bytes, ranks: Ranks, limit: int) -> list[bytes]:
     return parts
 
 
-SPLITS: dict[str, tuple[str | None, str]] = {
+SPLITS: dict[str, tuple[str | None, str | None]] = {
     GPT2_PATTERN: (None, "gpt-2"),
     CL100K_PATTERN: (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+",
         "dbrx",
     ),
-    O200K_PATTERN: (O200K_PATTERN, "gpt-4o"),
+    O200K_PATTERN: (O200K_PATTERN, None),  # llama.cpp's gpt-4o cuts outside of ASCII otherwise.
 }
 """How text is cut into words, in tiktoken's pattern: Hugging Face's, where that is not its
-built-in one of GPT-2 (Oniguruma knows no possessive `{1,3}+`), and what llama.cpp calls it."""
+built-in one of GPT-2 (Oniguruma knows no possessive `{1,3}+`), and what llama.cpp calls it, if it
+has it."""
 
 
-def splits_of(pattern: str) -> tuple[str | None, str]:
+def splits_of(pattern: str) -> tuple[str | None, str | None]:
     """Hugging Face's pattern and llama.cpp's name for tiktoken's pattern.
 
     Raises:

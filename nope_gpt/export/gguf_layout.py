@@ -76,7 +76,11 @@ def refuse_impossible(config: ExportConfig, source: Source) -> None:
         return
     if importlib.util.find_spec("gguf") is None:
         raise NopeError("--format gguf needs the gguf library", hint=INSTALL)
-    splits_of(source.tokenizer.encoding._pat_str)
+    if splits_of(source.tokenizer.encoding._pat_str)[1] is None:
+        raise UsageError(
+            f"llama.cpp has no way to cut text into words as {source.tokenizer.name} does",
+            hint="--format transformers",
+        )
     known = [*OWN_QUANTIZATIONS, *quantizations()]
     for name in config.quantizations:
         if name not in known:
@@ -181,7 +185,7 @@ def write_vocabulary(writer: GGUFWriter, source: Source) -> None:
         tokens[id], types[id] = text, CONTROL
     pairs = [f"{spelled(left)} {spelled(right)}" for left, right in merges(source.tokenizer.ranks)]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splits_of(source.tokenizer.encoding._pat_str)[1])
+    writer.add_tokenizer_pre(str(splits_of(source.tokenizer.encoding._pat_str)[1]))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     # Of bytes nothing merges, and llama.cpp asks for a list: of these two, nothing is a token.

@@ -6,6 +6,7 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from nope_gpt.errors import NopeError
 from nope_gpt.export.readers import OwnReader, Reader
 from nope_gpt.export.source import Source
 from nope_gpt.memory import Message
+from nope_gpt.tokenization import BaseTokenizer
 
 NUM_TOKENS = 256
 """Tokens whose logits are compared."""
@@ -25,7 +27,10 @@ NUM_CONTINUED = 24
 """Tokens that are continued with."""
 
 NUM_TEXTS = 400
-"""Texts whose tokens are compared."""
+"""Texts of every script whose tokens are compared."""
+
+WORDS_IN_A_TEXT = 100
+"""Tokens of the vocabulary in a text that is made of them."""
 
 CONVERSATION: list[Message] = [
     {"role": "system", "content": "You are brief. Vous êtes bref. 簡潔に。"},
@@ -165,11 +170,21 @@ def followed(logits: Tensor, opening: list[int], tokens: list[int], slack: float
 
 def same_tokens(source: Source, own: OwnReader, reader: Reader) -> tuple[int, int]:
     """How many texts have the same tokens in both, and how many were compared."""
-    listing = texts(NUM_TEXTS)
+    listing = [*texts(NUM_TEXTS), *own_words(source.tokenizer)]
     same = sum(own.tokenize(text) == list(reader.tokenize(text)) for text in listing)
     if source.is_chat:
         same += own.tokenize_prompt(CONVERSATION) == list(reader.tokenize_prompt(CONVERSATION))
     return same, len(listing) + source.is_chat
+
+
+def own_words(tokenizer: BaseTokenizer) -> list[str]:
+    """Texts in which every token of a tokenizer that is whole characters is a line."""
+    words = []
+    for token in tokenizer.ranks:
+        with suppress(UnicodeDecodeError):
+            words.append(token.decode())
+    lines = range(0, len(words), WORDS_IN_A_TEXT)
+    return ["\n".join(words[first : first + WORDS_IN_A_TEXT]) for first in lines]
 
 
 def texts(count: int, seed: int = 0) -> list[str]:

@@ -110,6 +110,7 @@ class TransformersReader:
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
         self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self.model.generation_config.eos_token_id = None  # Compared beyond the end of a text.
         version = importlib.metadata.version("transformers")
         self.name = f"transformers {version} ({type(self.model).__name__})"
 
@@ -136,11 +137,6 @@ class TransformersReader:
             torch.tensor([tokens]),
             max_new_tokens=count,
             do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            temperature=None,
-            top_k=None,
-            top_p=None,
         )
         return [int(token) for token in found[0, len(tokens) :]]
 

@@ -1,0 +1,592 @@
+"""What is exported computes what its source computes, in the real library, and comes back whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import SETTINGS, write_published
+from safetensors.torch import load_file, save_file
+from small_chats import dataset_of, questions, tuned
+from torch import Tensor
+
+from nope_gpt import hub
+from nope_gpt.config import ExportConfig
+from nope_gpt.errors import CapacityError, NopeError, UsageError
+from nope_gpt.export import exporting, hub_layout, parity, transformers_layout
+from nope_gpt.export.chat_template import JINJA
+from nope_gpt.export.exporting import export
+from nope_gpt.export.readers import OwnReader, TransformersReader
+from nope_gpt.export.source import Source, open_source
+from nope_gpt.model import NoPEGPT
+from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+Nope = Callable[..., subprocess.CompletedProcess[str]]
+
+CORPUS = ["The list holds the values that it was given, and nothing else; naïve or not. 🎈"] * 40
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A chat model over bytes whose attention is sharp, so that it would tell a position."""
+    return sharp(tmp_path / "model", vocabulary_size=261, tokenizer="bytes")
+
+
+def sharp(path: Path, **changes: Any) -> Path:
+    """A model in the published layout that attends to single tokens."""
+    tensors = write_published(path, **changes)
+    for name in tensors:
+        if "q_proj" in name:
+            tensors[name] *= 6
+    header = {"token_embeddings.weight": "token_classifier.linear.weight"}
+    save_file(tensors, path / "model.safetensors", metadata=header)
+    return path
+
+
+def exported(model: Path, format: str, place: Path, **changes: Any) -> Path:
+    """One export."""
+    settings = ExportConfig(model=str(model), format=format, output=str(place), **changes)
+    return export(settings)[0].path
+
+
+def source_of(model: Path) -> Source:
+    return open_source(ExportConfig(model=str(model)))
+
+
+def some_tokens(count: int, vocabulary_size: int = 261) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(vocabulary_size, (1, count), generator=generator)
+
+
+@pytest.mark.parametrize("layout", ["transformers", "llama"])
+@pytest.mark.parametrize("length", [1, 300, pytest.param(8192, marks=pytest.mark.slow)])
+def test_transformers_computes_the_same_logits_at_every_position(
+    model: Path, tmp_path: Path, layout: str, length: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    place = exported(model, layout, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(place)
+    ours = NoPEGPT.from_pretrained(model)
+    tokens = some_tokens(length)
+    with torch.no_grad():
+        found, right = theirs(tokens).logits, ours(tokens)
+    assert theirs.dtype == torch.float32
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-5 * right.abs().max().item())
+    unsharp = right[0, -1] - ours(tokens.roll(1))[0, -1]
+    assert length == 1 or unsharp.abs().max() > 0.01 * right.abs().max(), "order has no effect"
+
+
+@pytest.mark.parametrize("layout", ["transformers", "llama"])
+def test_cached_generation_and_left_padded_batches_continue_as_the_source_does(
+    model: Path, tmp_path: Path, layout: str
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = exported(model, layout, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    own = OwnReader.of(model)
+    prompts = ["A", "The list holds", "values that it was given"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    theirs.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 16, "do_sample": False}
+    together = theirs.generate(**batch, **options)[:, batch["input_ids"].size(1) :]
+    for prompt, found in zip(prompts, together.tolist(), strict=True):
+        tokens = own.tokenize(prompt)
+        alone = theirs.generate(torch.tensor([tokens]), pad_token_id=256, **options)
+        assert alone[0, len(tokens) :].tolist() == own.continuation(tokens, 16) == found
+
+
+def test_the_pipeline_reads_a_conversation_as_the_source_does(model: Path, tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    place = exported(model, "transformers", tmp_path / "out")
+    pipe = pipeline("text-generation", model=str(place))
+    messages = [{"role": "user", "content": "What is a list?"}]
+    answer = pipe(messages, max_new_tokens=12, do_sample=False)[0]["generated_text"][-1]
+    own = OwnReader.of(model)
+    tokens = own.continuation(own.tokenize_prompt(messages), 12)
+    ends = [index for index, token in enumerate(tokens) if token in own.tokenizer.stop_tokens]
+    expected = own.tokenizer.decode_tokens(tokens[: min(ends, default=12)])
+    assert answer["role"] == "assistant"
+    assert answer["content"].strip() == expected.strip()
+
+
+def test_a_model_ends_its_answers_in_transformers_by_itself(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for name, path, ends in (
+        ("chat", model, [258, 256]),
+        ("base", sharp(tmp_path / "base", vocabulary_size=257, tokenizer="bytes"), [256]),
+    ):
+        theirs = AutoModelForCausalLM.from_pretrained(
+            exported(path, "transformers", tmp_path / f"out-{name}")
+        )
+        assert theirs.generation_config.eos_token_id == ends
+        assert theirs.generation_config.pad_token_id == 256
+
+
+TEXT = st.text(max_size=30).filter(lambda text: "<|" not in text)
+ANSWER = TEXT.map(str.strip).filter(bool)
+
+
+@pytest.mark.ranks
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(TEXT, ANSWER), max_size=3), TEXT)
+def test_the_template_writes_what_the_chat_tokenizer_writes(
+    turns: list[tuple[str, str]], last: str
+) -> None:
+    ours, theirs = both_tokenizers("r50k_base")
+    messages = [{"role": "system", "content": "Be brief."}]
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": last})
+    found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    assert list(found["input_ids"]) == ours.tokenize_prompt(messages)
+
+
+TOKENIZERS: dict[str, tuple[ChatTokenizer, Any]] = {}
+
+
+def both_tokenizers(name: str) -> tuple[ChatTokenizer, Any]:
+    """A tokenizer of ours, and the same in transformers, once for a session."""
+    from tempfile import mkdtemp
+
+    from transformers import AutoTokenizer
+
+    if name not in TOKENIZERS:
+        if name == "own":
+            base = BaseTokenizer.train(CORPUS, 300)
+        elif name == "bytes":
+            base = BaseTokenizer.of_bytes()
+        else:
+            base = BaseTokenizer.from_tiktoken(name)
+        ours = ChatTokenizer(base.encoding)
+        directory = Path(mkdtemp())
+        write_published(directory / "m", vocabulary_size=ours.vocabulary_size)
+        ours.save(directory / "m")
+        source = source_of(directory / "m")
+        transformers_layout.write_tokenizer(directory, source)
+        TOKENIZERS[name] = ours, AutoTokenizer.from_pretrained(directory)
+    return TOKENIZERS[name]
+
+
+ENCODINGS = [
+    "own",
+    "bytes",
+    *(
+        pytest.param(name, marks=pytest.mark.ranks)
+        for name in ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
+    ),
+]
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_ten_thousand_texts_have_the_same_tokens_in_transformers(name: str) -> None:
+    ours, theirs = both_tokenizers(name)
+    texts = [*parity.texts(10_000, seed=1), "\0", "<tool_call>", "<|im_end|>", "<|endoftext|>"]
+    found = theirs(texts, split_special_tokens=True)["input_ids"]
+    for text, tokens in zip(texts, found, strict=True):
+        assert tokens == ours.tokenize(text), repr(text)
+        assert theirs.decode(tokens) == ours.decode_tokens(tokens)
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_every_token_is_the_same_text_in_transformers_and_keeps_its_id(name: str) -> None:
+    ours, theirs = both_tokenizers(name)
+    assert len(theirs) <= ours.vocabulary_size
+    assert theirs.convert_tokens_to_ids("<|endoftext|>") == ours.end_of_text
+    for text, id in ours.control_tokens.items():
+        assert theirs.convert_tokens_to_ids(text) == id
+        assert theirs.decode([id]) == text
+    kept = [theirs.decode([id], skip_special_tokens=True) for id in ours.control_tokens.values()]
+    assert kept == ["", "", "<tool_call>", "</tool_call>"]
+
+
+MARKER = st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im", "|>", "system\n"])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.one_of(MARKER, TEXT), max_size=6).map("".join))
+def test_no_text_of_a_user_becomes_a_control_token_in_the_template(text: str) -> None:
+    ours, theirs = both_tokenizers("bytes")
+    messages = [{"role": "user", "content": text}]
+    found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    steering = [token for token in found["input_ids"] if token >= ours.end_of_text]
+    assert steering == [257, 258, 257]
+
+
+def test_the_template_tells_of_tools_and_writes_their_calls() -> None:
+    _, theirs = both_tokenizers("bytes")
+
+    def weather(city: str) -> str:
+        """
+        The weather somewhere.
+
+        Args:
+            city: Where.
+        """
+        return city
+
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Is it raining in Köln?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": '{"rain": true}'},
+    ]
+    text = theirs.apply_chat_template(
+        messages, tools=[weather], tokenize=False, add_generation_prompt=True
+    )
+    system, user, assistant, tool, end = text.split("<|im_start|>")[1:]
+    assert system.startswith("system\nBe brief.\n\nYou can call these functions:\n<tools>[{")
+    tools = json.loads(system.split("<tools>")[1].split("</tools>")[0])
+    assert tools[0]["name"] == "weather"
+    assert user == "user\nIs it raining in Köln?\n<|im_end|>\n"
+    written = assistant.removeprefix("assistant\n<tool_call>").split("</tool_call>")
+    assert json.loads(written[0]) == [{"name": "weather", "arguments": {"city": "Köln"}}]
+    assert tool == 'tool\n{"rain": true}\n<|im_end|>\n'
+    assert end == "assistant\n"
+    alone = theirs.apply_chat_template(messages[1:2], tools=[weather], tokenize=False)
+    assert alone.startswith("<|im_start|>system\nYou can call")
+
+
+@pytest.mark.parametrize("way", ["transformers", "llama"])
+@pytest.mark.parametrize("kind", ["bytes", "own", pytest.param("r50k", marks=pytest.mark.ranks)])
+def test_there_and_back_is_bitwise(tmp_path: Path, way: str, kind: str) -> None:
+    tokenizer = {
+        "bytes": BaseTokenizer.of_bytes,
+        "own": lambda: BaseTokenizer.train(CORPUS, 300),
+        "r50k": lambda: BaseTokenizer.from_tiktoken("r50k_base"),
+    }[kind]()
+    size = ChatTokenizer(tokenizer.encoding).vocabulary_size
+    write_published(tmp_path / "model", vocabulary_size=size, dropout=0.1)
+    tokenizer.save(tmp_path / "model")
+    first = exported(tmp_path / "model", "hub", tmp_path / "first", dtype="bfloat16")
+    there = exported(first, way, tmp_path / "there")
+    back = exported(there, "hub", tmp_path / "back")
+    names = {path.name for path in first.iterdir()} - {"parity.json", "README.md"}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    for name in names:
+        assert (back / name).read_bytes() == (first / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("layout", ["transformers", "llama"])
+def test_what_transformers_saves_again_is_still_a_model_here(
+    model: Path, tmp_path: Path, layout: str, nope: Nope
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = exported(model, layout, tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(place).save_pretrained(tmp_path / "again")
+    AutoTokenizer.from_pretrained(place).save_pretrained(tmp_path / "again")
+    again, ours = hub.load(tmp_path / "again"), hub.load(model)
+    assert again.config == ours.config
+    for name, tensor in ours.state.items():
+        assert torch.equal(again.state[name], tensor), name
+    assert ChatTokenizer.load(tmp_path / "again").fingerprint == (
+        ChatTokenizer.load(model).fingerprint
+    )
+    words = ("generate", "The list", "--max-tokens", 8, "--temperature", 0, "--dtype", "float32")
+    right = nope(*words, "--model", model)
+    found = nope(*words, "--model", tmp_path / "again")
+    assert (found.returncode, found.stdout) == (0, right.stdout)
+
+
+@pytest.mark.slow
+def test_a_base_model_in_the_layout_of_transformers_is_tuned_as_the_source_is(
+    base: Path, tmp_path: Path
+) -> None:
+    place = exported(base, "transformers", tmp_path / "out")
+    chats = dataset_of(questions(12), base, tmp_path)
+    _, right = tuned(base, chats, tmp_path / "runs", run_name="one")
+    _, found = tuned(place, chats, tmp_path / "runs", run_name="two")
+    assert found.losses == right.losses
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "it rotates queries and keys": lambda config: config.update(
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rope_scaling=None
+    ),
+    "it rotates queries and keys by": lambda config: config["rope_parameters"].update(
+        original_max_position_embeddings=8192
+    ),
+    "its activation is relu2": lambda config: config.update(hidden_act="relu2"),
+    "its attention has biases": lambda config: config.update(attention_bias=True),
+    "its head is not its embedding": lambda config: config.update(tie_word_embeddings=False),
+    "its norms add 1e-05": lambda config: config.update(rms_norm_eps=1e-5),
+    r"describes no network \(KeyError: 'hidden_size'": lambda config: config.pop("hidden_size"),
+}
+
+
+@pytest.mark.parametrize("complaint", CHANGES)
+def test_another_arcee_is_refused_by_what_it_does(
+    model: Path, tmp_path: Path, complaint: str
+) -> None:
+    place = exported(model, "transformers", tmp_path / "out")
+    config = json.loads((place / "config.json").read_text())
+    CHANGES[complaint](config)
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NopeError, match=complaint):
+        NoPEGPT.from_pretrained(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mlp.up_proj.weight", lambda x: x.index_fill_(0, torch.tensor([3]), 0.1)),
+        ("mlp.up_proj.bias", lambda x: x.mul_(2)),
+        ("mlp.gate_proj.bias", lambda x: x.add_(1)),
+    ],
+)
+def test_a_llama_that_gates_is_refused(
+    model: Path, tmp_path: Path, name: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    place = exported(model, "llama", tmp_path / "out")
+    tensors = load_file(place / "model.safetensors")
+    change(tensors[f"model.layers.1.{name}"])
+    save_file(tensors, place / "model.safetensors")
+    with pytest.raises(NopeError, match=rf"{name} does something"):
+        NoPEGPT.from_pretrained(place)
+
+
+WRONG: dict[str, Callable[[Path], None]] = {}
+
+
+def wrong(change: Callable[[Path], None]) -> Callable[[Path], None]:
+    return WRONG.setdefault(change.__name__, change)
+
+
+@wrong
+def rotary_left_on(place: Path) -> None:
+    config = json.loads((place / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    config["rope_scaling"] = None
+    (place / "config.json").write_text(json.dumps(config))
+
+
+@wrong
+def two_tensors_swapped(place: Path) -> None:
+    tensors = load_file(place / "model.safetensors")
+    names = [f"model.layers.{layer}.self_attn.k_proj.weight" for layer in (0, 1)]
+    tensors[names[0]], tensors[names[1]] = tensors[names[1]].clone(), tensors[names[0]].clone()
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+
+
+@wrong
+def one_number_off(place: Path) -> None:
+    tensors = load_file(place / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] += 0.01
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+
+
+@wrong
+def a_merge_left_out(place: Path) -> None:
+    document = json.loads((place / "tokenizer.json").read_text())
+    document["model"]["merges"].pop(3)
+    (place / "tokenizer.json").write_text(json.dumps(document))
+
+
+@wrong
+def a_template_without_its_last_newline(place: Path) -> None:
+    (place / "chat_template.jinja").write_text(JINJA.replace("assistant\\n", "assistant"))
+
+
+@pytest.mark.parametrize("change", WRONG)
+@pytest.mark.parametrize("layout", ["transformers", "llama"])
+def test_the_gate_refuses_a_wrong_export_and_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, change: str
+) -> None:
+    tokenizer = ChatTokenizer(BaseTokenizer.train(CORPUS, 300).encoding)
+    sharp(tmp_path / "model", vocabulary_size=tokenizer.vocabulary_size)
+    tokenizer.save(tmp_path / "model")
+    write = exporting.WRITERS[layout]
+
+    def write_wrongly(directory: Path, source: Source, config: ExportConfig) -> exporting.Readers:
+        readers = write(directory, source, config)
+        WRONG[change](directory)
+        return readers
+
+    monkeypatch.setitem(exporting.WRITERS, layout, write_wrongly)
+    with pytest.raises(NopeError, match="the export is not what its source is") as caught:
+        exported(tmp_path / "model", layout, tmp_path / "out" / "x")
+    about = "texts have other tokens" if "merge" in change or "template" in change else "logits"
+    assert about in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_gate_tells_of_the_largest_error(model: Path, tmp_path: Path) -> None:
+    place = exported(model, "transformers", tmp_path / "out")
+    source = source_of(model)
+    shifted = replace(source.saved, state=dict(source.saved.state))
+    shifted.state["norm.weight"] = shifted.state["norm.weight"] * 1.01
+    source = replace(source, saved=shifted, exact=shifted)
+    reader = TransformersReader(place)
+    report = parity.compare(source, reader)
+    assert report.largest_error == pytest.approx(0.01 / 1.01 * report.largest_logit, rel=1e-3)
+    assert f"largest error {report.largest_error:.1e} of logits up to" in report.line
+    assert report.line.startswith("read by transformers 5.")
+    assert "its logits are off by" in report.complaints[0]
+
+
+def test_the_report_lies_beside_the_export_and_names_who_read_it(
+    model: Path, tmp_path: Path, nope: Nope
+) -> None:
+    done = nope("export", "--model", model, "--format", "hub,transformers", "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)["exports"]
+    assert [item["format"] for item in made] == ["hub", "transformers"]
+    assert [item["path"] for item in made] == ["exports/model/hub", "exports/model/transformers"]
+    assert made[0]["parity"][0]["read_by"].startswith("nope-gpt 0.")
+    assert made[1]["parity"][0]["read_by"].startswith("transformers 5.")
+    for item in made:
+        record = json.loads((tmp_path / item["path"] / "parity.json").read_text())
+        assert record["reports"] == item["parity"]
+        assert record["reports"][0]["largest_error"] <= 1e-5 * record["reports"][0]["largest_logit"]
+        assert f"  {parity.Report(**item['parity'][0]).line}\n" in done.stderr
+
+
+def test_without_the_library_our_own_reader_compares_and_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TransformersReader, "is_there", staticmethod(lambda: False))
+    made = export(
+        ExportConfig(model=str(model), format="transformers,llama", output=str(tmp_path / "out"))
+    )
+    assert [report.read_by.split()[0] for item in made for report in item.reports] == [
+        "nope-gpt"
+    ] * 2
+
+
+def test_large_weights_are_spread_over_files_that_both_libraries_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (hub_layout, transformers_layout):
+        monkeypatch.setattr(module, "LARGEST_FILE", 60_000)
+    for format in ("hub", "transformers"):
+        place = exported(model, format, tmp_path / format)
+        files = sorted(path.name for path in place.glob("*.safetensors"))
+        assert len(files) > 2
+        assert all(path.stat().st_size < 100_000 for path in place.glob("*.safetensors"))
+        assert "model.safetensors" not in files
+        back = hub.load(place)
+        for name, tensor in hub.load(model).state.items():
+            assert torch.equal(back.state[name], tensor)
+    again = exported(tmp_path / "transformers", "hub", tmp_path / "again", overwrite=False)
+    assert hub.digest(again) == hub.digest(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_dtype_is_compared_with_the_weights_in_that_dtype(
+    model: Path, tmp_path: Path, dtype: str
+) -> None:
+    settings = ExportConfig(
+        model=str(model), format="transformers", output=str(tmp_path / "out"), dtype=dtype
+    )
+    item = export(settings)[0]
+    assert item.reports[0].largest_error <= 1e-5 * item.reports[0].largest_logit
+    assert {str(x.dtype) for x in load_file(item.path / "model.safetensors").values()} == {
+        f"torch.{dtype}"
+    }
+    assert json.loads((item.path / "config.json").read_text())["dtype"] == dtype
+
+
+def test_numbers_that_are_not_finite_are_never_exported(model: Path, tmp_path: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["decoder.layers.1.norm1.weight"][5] = 1e6
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(NopeError, match=r"attention_norm.weight holds numbers that are not finite"):
+        exported(model, "transformers", tmp_path / "out", dtype="float16")
+    tensors["decoder.layers.1.norm1.weight"][5] = torch.nan
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(NopeError, match=r"attention_norm.weight holds numbers that are not finite"):
+        exported(model, "hub", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CapacityError, match="this export takes .* the disk has 1.0 KB left"):
+        exported(model, "transformers", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_replaced_only_when_asked_and_never_by_half(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = exported(model, "transformers", tmp_path / "out")
+    with pytest.raises(UsageError, match="this already exists"):
+        exported(model, "llama", place)
+    before = (place / "config.json").read_bytes()
+    monkeypatch.setitem(exporting.WRITERS, "llama", partial(fail_half_way, exporting.write_hub))
+    with pytest.raises(RuntimeError):
+        exported(model, "llama", place, overwrite=True)
+    assert (place / "config.json").read_bytes() == before
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    exported(model, "llama", place, overwrite=True)
+    assert json.loads((place / "config.json").read_text())["model_type"] == "llama"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("dear")
+    with pytest.raises(UsageError, match="holds something else"):
+        exported(model, "hub", tmp_path / "mine", overwrite=True)
+
+
+def fail_half_way(write: Any, directory: Path, source: Source, config: ExportConfig) -> None:
+    write(directory, source, config)
+    raise RuntimeError
+
+
+def test_the_old_programs_settings_are_all_that_config_json_holds(
+    model: Path, tmp_path: Path
+) -> None:
+    place = exported(model, "hub", tmp_path / "out")
+    assert json.loads((place / "config.json").read_text()) == SETTINGS | {"vocabulary_size": 261}
+    assert (place / "tokenizer.json").read_text() == '{"name": "bytes"}'
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--format zip", "--format is 'zip', and must be one of hub, transformers, llama, gguf"),
+        ("--format hub --quantize q8_0", "--quantize is of --format gguf, which is not asked for"),
+        ("--format gguf --quantize q9", "--quantize is q9, and must be of q8_0, q2_k"),
+        ("--push-to-hub me", "--push-to-hub is 'me', and must be OWNER/NAME"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_by_name(
+    model: Path, nope: Nope, words: str, message: str
+) -> None:
+    done = nope("export", "--model", model, *words.split())
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not Path("exports").exists()
+
+
+def test_a_missing_library_is_named_with_what_installs_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(NopeError, match="--format gguf needs the gguf library") as caught:
+        exported(model, "gguf", tmp_path / "out")
+    assert caught.value.hint == "pip install 'nope-gpt[gguf]'"
