@@ -298,13 +298,21 @@ def upload(path: Path, repo_id: str, **options: Any) -> str:
         NetworkError: The Hub cannot be reached, or refuses; the directory stays.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     api = HfApi(token=options.pop("token", None))
     try:
         api.create_repo(repo_id, exist_ok=True, private=options.pop("private", None))
         return str(api.upload_folder(repo_id=repo_id, folder_path=path, **options))
-    except (HfHubHTTPError, OSError) as error:
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        refused = f"the Hub does not let you write here ({status})"
+        raise NetworkError(
+            refused if status in (401, 403) else f"the upload failed: {error}",
+            where=repo_id,
+            hint="hf auth login, then try again",
+        ) from None
+    except (HTTPError, OSError, RuntimeError) as error:  # The last of a file that did not arrive.
         raise NetworkError(
             f"the upload failed: {error}", where=repo_id, hint="hf auth login, then try again"
         ) from None
