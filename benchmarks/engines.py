@@ -5,7 +5,6 @@ Shapes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from train import arcee, seeded
 
 from nope_gpt.caching import KVCache
+from nope_gpt.export import gguf_layout
 from nope_gpt.model import NoPEGPT
 
 LLAMA_CPP_ERROR = 4
@@ -243,54 +243,12 @@ def quiet_llama_cpp() -> Any:
 
 
 def write_gguf(model: NoPEGPT, length: int, place: Path) -> None:
-    """Write f16.gguf and Q8_0.gguf: a Llama of one expert, since experts need no gate."""
-    from gguf import GGUFWriter
+    """Write f16.gguf and Q8_0.gguf as `nope export` does, but without a vocabulary."""
+    from gguf import GGMLQuantizationType, GGUFWriter
 
-    config, path = model.config, place / "f16.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("none")
-    writer.add_vocab_size(config.vocabulary_size)
-    writer.add_context_length(length + 256)
-    writer.add_embedding_length(config.embedding_dimensions)
-    writer.add_block_count(config.num_decoder_layers)
-    writer.add_feed_forward_length(config.hidden_dimensions)
-    writer.add_head_count(config.num_q_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(torch.finfo(torch.float32).eps)
-    writer.add_key_length(config.head_dimensions)
-    writer.add_value_length(config.head_dimensions)
-    writer.add_rope_dimension_count(config.head_dimensions)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_expert_count(1)
-    writer.add_expert_used_count(1)
-    writer.add_file_type(1)
-    # Frequencies divided by this are no rotation.
-    writer.add_tensor("rope_freqs.weight", np.full(config.head_dimensions // 2, 1e30, np.float32))
-    names = {
-        "token_embeddings.": "token_embd.",
-        "decoder.layers.": "blk.",
-        "attention_norm.": "attn_norm.",
-        "feed_forward_norm.": "ffn_norm.",
-        **{f"attention.{x}_proj.": f"attn_{x}." for x in "qkv"},
-        "attention.out_proj.": "attn_output.",
-        "feed_forward.up.": "ffn_up_exps.",
-        "feed_forward.down.": "ffn_down_exps.",
-    }
-    for name, tensor in model.state_dict().items():
-        for old, new in names.items():
-            name = name.replace(old, new)
-        weight = tensor.half() if tensor.dim() > 1 else tensor
-        weight = weight[None] if "exps" in name else weight
-        writer.add_tensor("output_norm.weight" if name == "norm.weight" else name, weight.numpy())
-    for layer in range(config.num_decoder_layers):
-        gate = np.zeros((1, config.embedding_dimensions), np.float32)
-        writer.add_tensor(f"blk.{layer}.ffn_gate_inp.weight", gate)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    api = quiet_llama_cpp()
-    settings = api.llama_model_quantize_default_params()
-    settings.ftype = api.LLAMA_FTYPE_MOSTLY_Q8_0
-    target = str(place / "Q8_0.gguf").encode()
-    assert not api.llama_model_quantize(str(path).encode(), target, ctypes.byref(settings))
+    for kind, name in ((GGMLQuantizationType.F16, "f16"), (GGMLQuantizationType.Q8_0, "Q8_0")):
+        writer = GGUFWriter(place / f"{name}.gguf", "llama")
+        writer.add_tokenizer_model("none")
+        gguf_layout.write_settings(writer, model.config, length + 256, dense=False)
+        gguf_layout.write_tensors(writer, model.saved(), kind, dense=False)
+        gguf_layout.finish(writer)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nope_gpt import sizing
+from nope_gpt import sizing, transformers_layout
 from nope_gpt.config import ModelConfig, PretrainConfig
 from nope_gpt.device import autocast, reuse_freed_memory
 from nope_gpt.model import NoPEGPT
@@ -97,51 +97,21 @@ def transformers(shape: dict[str, int]) -> tuple[nn.Module, Step]:
 
 
 def arcee(source: NoPEGPT, length: int) -> nn.Module:
-    """A network in Hugging Face transformers: Arcee with SiLU, its rotation turned off."""
-    from transformers import ArceeConfig, ArceeForCausalLM
+    """A network in Hugging Face transformers, as `nope export` writes it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 1e30,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 1,
-    }
-    ours = source.config
-    config = ArceeConfig(
-        vocab_size=ours.vocabulary_size,
-        hidden_size=ours.embedding_dimensions,
-        intermediate_size=ours.hidden_dimensions,
-        num_hidden_layers=ours.num_decoder_layers,
-        num_attention_heads=ours.num_q_heads,
-        num_key_value_heads=ours.num_kv_heads,
-        head_dim=ours.head_dimensions,
-        rms_norm_eps=torch.finfo(torch.float32).eps,
-        hidden_act="silu",
-        tie_word_embeddings=True,
-        max_position_embeddings=length,
-        bos_token_id=None,
-        eos_token_id=None,
-        rope_parameters=rope,
+    settings = transformers_layout.settings(
+        source.config,
+        transformers_layout.ARCEE,
+        dtype="float32",
+        context_length=length,
+        trained_context_length=None,
+        ends=[None],
+        pad=None,
     )
-    model = ArceeForCausalLM(config)
-    names = {
-        "token_embeddings": "model.embed_tokens",
-        "decoder.layers": "model.layers",
-        "attention_norm": "input_layernorm",
-        "feed_forward_norm": "post_attention_layernorm",
-        "attention.out_proj": "self_attn.o_proj",
-        "attention.": "self_attn.",
-        "feed_forward.": "mlp.",
-        "up.": "up_proj.",
-        "down.": "down_proj.",
-    }
-    state = {}
-    for name, weight in source.state_dict().items():
-        for old, new in names.items():
-            name = name.replace(old, new)
-        state["model." + name if name.startswith("norm") else name] = weight
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    layers = source.config.num_decoder_layers
+    state = transformers_layout.to_layout(source.state_dict(), transformers_layout.ARCEE, layers)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert missing in ([], ["lm_head.weight"]) and not unexpected, (missing, unexpected)
     model.tie_weights()

@@ -23,10 +23,11 @@ from torch import Tensor
 from nope_gpt.artifacts import write_file, writing
 from nope_gpt.blocks import NORM_EPSILON
 from nope_gpt.byte_pairs import merges, spelled, splits_of
-from nope_gpt.config import ExportConfig
+from nope_gpt.config import ExportConfig, ModelConfig
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.export.chat_template import GO, JINJA
 from nope_gpt.export.source import Source
+from nope_gpt.hub import SavedModel
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -135,28 +136,34 @@ def write_gguf(path: Path, source: Source, kind: str, *, dense: bool) -> None:
 
     quantization = GGMLQuantizationType[kind.upper()]
     writer = GGUFWriter(path, "llama")
-    write_settings(writer, source, dense=dense)
+    writer.add_name(source.name)
+    if source.license:
+        writer.add_license(source.license)
+    write_settings(writer, source.saved.config, source.context_length, dense=dense)
     file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
     writer.add_file_type(LlamaFileType[file_type])
     write_vocabulary(writer, source)
     if source.is_chat:
         writer.add_chat_template(JINJA)
-    write_tensors(writer, source, quantization, dense=dense)
+    write_tensors(writer, source.saved, quantization, dense=dense)
     with writing(path):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
 
 
-def write_settings(writer: GGUFWriter, source: Source, *, dense: bool) -> None:
-    """Write the shape of the network."""
-    config = source.saved.config
-    writer.add_name(source.name)
-    if source.license:
-        writer.add_license(source.license)
+def finish(writer: GGUFWriter) -> None:
+    """Write everything into the file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_settings(
+    writer: GGUFWriter, config: ModelConfig, context_length: int, *, dense: bool
+) -> None:
+    """Write the shape of the network, and the tokens of context that may be planned for."""
     writer.add_vocab_size(config.vocabulary_size)
-    writer.add_context_length(source.context_length)
+    writer.add_context_length(context_length)
     writer.add_embedding_length(config.embedding_dimensions)
     writer.add_block_count(config.num_decoder_layers)
     writer.add_feed_forward_length(config.hidden_dimensions)
@@ -199,15 +206,15 @@ def write_vocabulary(writer: GGUFWriter, source: Source) -> None:
 
 
 def write_tensors(
-    writer: GGUFWriter, source: Source, kind: GGMLQuantizationType, *, dense: bool
+    writer: GGUFWriter, saved: SavedModel, kind: GGMLQuantizationType, *, dense: bool
 ) -> None:
     """Write the weights; what has one dimension stays in float32."""
     from gguf import GGMLQuantizationType
 
-    config = source.saved.config
+    config = saved.config
     f32 = GGMLQuantizationType.F32
     for ours, theirs in names(config.num_decoder_layers, dense=dense).items():
-        tensor = source.saved.state[ours]
+        tensor = saved.state[ours].detach()
         expert = tensor[None] if "_exps" in theirs else tensor
         add(writer, theirs, expert, f32 if tensor.dim() == 1 else kind)
     width, hidden = config.embedding_dimensions, config.hidden_dimensions
