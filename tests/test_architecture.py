@@ -28,7 +28,7 @@ FLOORS = [
     {"blocks", "native", "generation"},
     {"remote", "byte_pairs", "transformers_layout"},
     {"locating"},
-    {"hub", "splitting", "history"},
+    {"hub", "splitting", "history", "encodings"},
     {"tokenization"},
     {"model"},
     {"lora", "streaming", "beams", "data"},

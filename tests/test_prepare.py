@@ -20,6 +20,7 @@ from conftest import CORPUS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nope_gpt import encodings
 from nope_gpt.artifacts import MANIFEST, verify
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data import python_docs, reading, units
@@ -32,7 +33,7 @@ from nope_gpt.data.schedule import Progress
 from nope_gpt.data.shards import Dataset, TokenStream
 from nope_gpt.errors import Interrupted, MissingError, NopeError, UsageError
 from nope_gpt.memory import Message
-from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, encoding_of, resolve
+from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, resolve
 
 END = 256
 """The end of a text, in bytes."""
@@ -96,7 +97,7 @@ def tokenizer_of_size(size: int) -> BaseTokenizer:
     words = [bytes([byte]) for byte in range(256)]
     words += [bytes([first, second]) for first in range(256) for second in range(256)]
     ranks = {word: rank for rank, word in enumerate(words[: size - 1])}
-    return BaseTokenizer(encoding_of(f"bpe-{size}", ranks))
+    return BaseTokenizer(encodings.own(f"bpe-{size}", ranks))
 
 
 def test_a_shard_is_made_of_standard_arrays(tmp_path: Path) -> None:

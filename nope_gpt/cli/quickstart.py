@@ -56,6 +56,7 @@ def command(
     say(f"\nDone in {duration(time.perf_counter() - started)}. What to type next:", style="bold")
     say(f"  nope chat --model {exported}")
     say(f'  nope generate "{OPENINGS[0]}" --model {base}')
+    say(f"  nope export --model {tuned} --format transformers --output {root / 'for-transformers'}")
     say(f"  tensorboard --logdir {root / 'runs'}")
     say("  nope prepare YOUR-TEXT.txt --token-encoding bpe:4096 && nope pretrain --preset tiny")
     say("  nope size --memory 24GB")

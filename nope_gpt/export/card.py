@@ -147,7 +147,7 @@ def use_transformers(name: str, source: Source, _: Path) -> list[str]:
         code(
             "sh",
             f"vllm serve {name}",
-            f"sglang serve --model-path {name} --model-impl transformers",
+            f"python -m sglang.launch_server --model-path {name} --model-impl transformers",
         ),
         "It is also a model of this package's:",
         own_use(name, source),

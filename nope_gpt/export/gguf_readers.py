@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nope_gpt import __version__
+from nope_gpt import __version__, encodings
 from nope_gpt.byte_pairs import SPLITS, merges, spelled, told_apart
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NopeError
@@ -23,7 +23,7 @@ from nope_gpt.export.readers import EXACT, OwnReader, Tolerance
 from nope_gpt.hub import SavedModel
 from nope_gpt.memory import Message
 from nope_gpt.model import NoPEGPT
-from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, encoding_from, tokenizer_of
+from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
 
 TOLERANCES = {
     "f32": Tolerance(1e-4, 1e-8),
@@ -133,7 +133,7 @@ def tokenizer_in(file: Any, vocabulary_size: int, where: str) -> BaseTokenizer:
     words = value(file, "tokenizer.ggml.pre")
     pattern = next(ours for ours, (_, theirs) in SPLITS.items() if theirs == words)
     added = {text: id for text, id in others.items() if not text.startswith("<|unused_")}
-    encoding = encoding_from(ranks, pattern, added, where)
+    encoding = encodings.described(ranks, pattern, added, where)
     tokenizer = tokenizer_of(BaseTokenizer(encoding), vocabulary_size)
     if isinstance(tokenizer, ChatTokenizer) and value(file, "tokenizer.chat_template") != JINJA:
         raise NopeError("this GGUF file has another chat template", where=where)

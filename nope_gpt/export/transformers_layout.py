@@ -9,11 +9,11 @@ from nope_gpt import hub, transformers_layout
 from nope_gpt.artifacts import write_file, write_json
 from nope_gpt.byte_pairs import tokenizer_json
 from nope_gpt.config import ChatConfig, GenerateConfig
+from nope_gpt.encodings import END_OF_TEXT
 from nope_gpt.export.chat_template import JINJA
 from nope_gpt.export.hub_layout import LARGEST_FILE
 from nope_gpt.export.source import Source
 from nope_gpt.locating import CONFIG, TOKENIZER
-from nope_gpt.tokenization import END_OF_TEXT
 
 TEMPLATE = "chat_template.jinja"
 
