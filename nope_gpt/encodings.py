@@ -13,7 +13,9 @@ import tiktoken
 
 from nope_gpt.artifacts import DAMAGE
 from nope_gpt.byte_pairs import (
+    CL100K_PATTERN,
     GPT2_PATTERN,
+    O200K_PATTERN,
     as_lines,
     read_lines,
     read_tokenizer_json,
@@ -33,6 +35,9 @@ PUBLISHED_RANKS = {
     "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d": "o200k_base",
 }
 """The sha256 of each file of ranks that OpenAI published, as tiktoken has it."""
+
+PATTERNS = {"cl100k_base": CL100K_PATTERN, "o200k_base": O200K_PATTERN}
+"""Those that are not GPT-2's."""
 
 SMALLEST_BPE = 257
 LARGEST_BPE = 1 << 20
@@ -168,6 +173,8 @@ def described(
         refuse_gaps(ranks, where)
         is_bytes = len(ranks) == 256 and all(token[0] == rank for token, rank in ranks.items())
         name = "bytes" if is_bytes else bpe_name(len(ranks) + 1)
+    if pattern != PATTERNS.get(name, GPT2_PATTERN):
+        raise NopeError(f"the tokenizer cuts text into words otherwise than {name}", where=where)
     special = {text: id for text, id in added.items() if text not in CONTROL_TOKENS}
     if END_OF_TEXT not in special:
         raise NopeError(f"the tokenizer has no {END_OF_TEXT}", where=where)

@@ -7,6 +7,7 @@ carries all of it in one file.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +34,75 @@ def stages_of(directory: Path) -> list[Stage]:
     try:
         if (directory / HISTORY).is_file():
             stages = json.loads((directory / HISTORY).read_text(encoding="utf-8"))["stages"]
-            return [dict(stage) for stage in stages]
+            return [checked(stage) for stage in stages]
         if not (directory / STATE).is_file():
             return []
         record = json.loads((directory / RUN).read_text(encoding="utf-8"))
         state = json.loads((directory / STATE).read_text(encoding="utf-8"))
         stage = {name: state[name] for name in ("step", "tokens", "seconds")}
         stage |= {name: record[name] for name in ("command", "version", "config")}
-        losses = curves(directory.absolute().parent.parent / METRICS, stage["step"])
-        return [*record.get("before", []), stage | {"data": record.get("data"), "losses": losses}]
+        losses = curves(log_of(directory, record), stage["step"])
+        before = [checked(stage) for stage in record.get("before", [])]
+        return [*before, checked(stage | {"data": record.get("data"), "losses": losses})]
     except DAMAGE as error:
         reason = f"{type(error).__name__}: {error}"
         raise NopeError(f"the history cannot be read ({reason})", where=str(directory)) from None
 
 
+def checked(stage: Any) -> Stage:
+    """A stage that has what a model card tells.
+
+    Raises:
+        LookupError, TypeError, ValueError: It has not.
+    """
+    losses = {
+        name: [[float(step), float(loss)] for step, loss in stage["losses"][name]]
+        for name in ("loss", "eval_loss")
+    }
+    data = stage.get("data")
+    if data is not None:
+        data = {**data, "name": str(data["name"]), "sources": list(map(dict, data["sources"]))}
+        if any(not isinstance(source["name"], str) for source in data["sources"]):
+            raise TypeError("a source of data without a name")
+    return {
+        **stage,
+        "command": str(stage["command"]),
+        "step": int(stage["step"]),
+        "tokens": int(stage["tokens"]),
+        "data": data,
+        "losses": losses,
+    }
+
+
+def log_of(checkpoint: Path, record: dict[str, Any]) -> Path:
+    """Where the run of a checkpoint wrote what it told."""
+    if Path(record["checkpoints"]).is_absolute():  # --checkpoint-path: not in the run.
+        config = record["config"]
+        run = Path(config["run_dir_path"]).expanduser() / str(config["run_name"])
+    else:
+        run = checkpoint.absolute().parent.parent
+    return run / METRICS
+
+
+def told_in(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; one that a loss of power has cut short is left out."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                found.append(row)
+    return found
+
+
 def curves(path: Path, last_step: int) -> dict[str, list[list[float]]]:
     """The losses of a run up to a step: pairs of a step and a loss, of training and of hold-out."""
     found: dict[str, list[list[float]]] = {"loss": [], "eval_loss": []}
-    if not path.is_file():
-        return found
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for row in told_in(path):
         for name, points in found.items():
-            if record.get(name) is not None and record["step"] <= last_step:
-                points.append([record["step"], record[name]])
+            if isinstance(row.get(name), float) and row["step"] <= last_step:
+                points.append([row["step"], row[name]])
     return {name: thinned(points) for name, points in found.items()}
 
 

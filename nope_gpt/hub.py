@@ -55,6 +55,9 @@ LAYER_NAMES = {
     "stage2.linear2": "feed_forward.down",
 }
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""That weights may have."""
+
 TIED = "token_embeddings.weight"
 TIED_PUBLISHED = "token_classifier.linear.weight"
 
@@ -87,12 +90,16 @@ def load(path: Path) -> SavedModel:
     Raises:
         NopeError: The files are damaged, incomplete or of another architecture.
     """
-    settings, tensors = read_config(path / CONFIG), read_weights(path)
+    settings = read_config(path / CONFIG)
     if settings.get("model_type") in transformers_layout.MODEL_TYPES:
-        settings, state = transformers_layout.from_layout(settings, tensors, str(path))
+        layout = str(settings["model_type"])
+        settings = transformers_layout.own_settings(settings, str(path))
+        state = transformers_layout.from_layout(
+            read_weights(path), layout, settings["num_decoder_layers"], str(path)
+        )
     else:
         settings = rename_settings(settings, str(path / CONFIG))
-        state = translate(tensors, str(path))
+        state = translate(read_weights(path), str(path))
     return assemble(settings, state, str(path))
 
 
@@ -100,6 +107,8 @@ def assemble(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> 
     """Check that settings and tensors describe one and the same network."""
     if TIED not in state:
         raise NopeError("the token embedding is missing", where=where)
+    if state[TIED].dim() != 2:
+        raise NopeError("the token embedding is no matrix", where=where)
     known = set(ModelConfig.__dataclass_fields__)
     try:
         config = ModelConfig(
@@ -108,6 +117,8 @@ def assemble(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> 
         )
     except UsageError as error:
         raise NopeError(f"{CONFIG} describes no network: {error.what}", where=where) from None
+    except OverflowError as error:
+        raise NopeError(f"{CONFIG} describes no network: {error}", where=where) from None
     check_shapes(config, state, where)
     length = settings.get("trained_context_length")
     return SavedModel(config, state, length if type(length) is int and length > 0 else None)
@@ -191,6 +202,8 @@ def translate(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
             name = re.sub(pattern, replacement, name)
         if name.endswith(".stage1.qkv_proj.weight"):
             prefix = name.removesuffix("qkv_proj.weight")
+            if tensor.dim() != 2 or tensor.size(0) % 3:
+                raise NopeError(f"{name} has shape {tuple(tensor.shape)}", where=where)
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
                 published[f"{prefix}{part}_proj.weight"] = rows.clone()
         else:
@@ -233,7 +246,7 @@ def check_shapes(config: ModelConfig, state: dict[str, Tensor], where: str) -> N
                 f"{name} has shape {tuple(state[name].shape)}, and {CONFIG} asks for {expected}",
                 where=where,
             )
-        if not state[name].is_floating_point():
+        if state[name].dtype not in DTYPES:
             raise NopeError(f"{name} holds {state[name].dtype}, not weights", where=where)
     extra = sorted(state.keys() - published_names(config.num_decoder_layers).keys())
     if extra:
@@ -291,18 +304,32 @@ def write_weights(
 def upload(path: Path, repo_id: str, **options: Any) -> str:
     """Upload a model directory to the Hub, making the repository if need be.
 
+    Args:
+        path: The directory.
+        repo_id: OWNER/NAME.
+        options: `token`, `private`, and what `huggingface_hub.upload_folder` takes.
+
     Returns:
         The address of the commit.
 
     Raises:
+        UsageError: The repository cannot have that name, or is public and was to be private.
         NetworkError: The Hub cannot be reached, or refuses; the directory stays.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+    refuse_name(repo_id)
+    private = options.pop("private", None)
     api = HfApi(token=options.pop("token", None))
     try:
-        api.create_repo(repo_id, exist_ok=True, private=options.pop("private", None))
+        api.create_repo(repo_id, exist_ok=True, private=private)
+        if private and not api.repo_info(repo_id).private:
+            raise UsageError(
+                "this repository is there already, and is public",
+                where=repo_id,
+                hint="make it private in its settings, or choose another name",
+            )
         return str(api.upload_folder(repo_id=repo_id, folder_path=path, **options))
     except HfHubHTTPError as error:
         status = error.response.status_code
@@ -316,3 +343,19 @@ def upload(path: Path, repo_id: str, **options: Any) -> str:
         raise NetworkError(
             f"the upload failed: {error}", where=repo_id, hint="hf auth login, then try again"
         ) from None
+
+
+def refuse_name(repo_id: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Raises:
+        UsageError: It cannot; says why.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        reason = str(error).rstrip(".")
+        raise UsageError(f"{repo_id!r} cannot be a repository: {reason}") from None

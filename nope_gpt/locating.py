@@ -45,7 +45,11 @@ def locate(model: str | Path, tell: Tell = untold, **options: Any) -> Path:
         UsageError: It is something else, such as a data set or a .pt file.
         NetworkError: The Hub cannot be reached and holds what is missing here.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+        path.is_file()  # A name that is too long for the system is told here.
+    except (OSError, RuntimeError) as error:
+        raise MissingError(f"there is no such model: {error}", where=str(model)[:80]) from None
     if path.is_dir():
         return model_in(path, tell)
     if path.is_file():

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nope_gpt.artifacts import DAMAGE
 from nope_gpt.blocks import NORM_EPSILON
 from nope_gpt.config import ModelConfig
-from nope_gpt.errors import NopeError
+from nope_gpt.errors import NopeError, UsageError
 
 ARCEE = "arcee"
 LLAMA = "llama"
@@ -37,9 +38,12 @@ NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attenti
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
+FACTOR = 1e30
+"""What every frequency is divided by."""
+
 UNTURNED = {
     "rope_type": "llama3",
-    "factor": 1e30,
+    "factor": FACTOR,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 1,
@@ -132,30 +136,38 @@ def to_layout(state: Mapping[str, Tensor], layout: str, num_layers: int) -> dict
     return result
 
 
-def from_layout(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The settings and the tensors of a NoPE GPT in one of these layouts, as it has them itself.
+def own_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a NoPE GPT that a config.json of these layouts describes.
 
     Raises:
-        NopeError: It is another network: one that rotates, or with another activation.
+        NopeError: It describes another network: one that rotates, or with another activation.
     """
     layout = str(config["model_type"])
     try:
         refuse_other_network(config, layout, where)
-        num_layers = int(config["num_hidden_layers"])
         shape = {
             "embedding_dimensions": config["hidden_size"],
             "num_q_heads": config["num_attention_heads"],
             "num_kv_heads": config["num_key_value_heads"],
-            "num_decoder_layers": num_layers,
+            "num_decoder_layers": config["num_hidden_layers"],
             "hidden_ratio": config["intermediate_size"] // config["hidden_size"],
             "dropout": float(config.get("attention_dropout") or 0.0),
-            "trained_context_length": config.get("trained_context_length"),
         }
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        ModelConfig(**shape)
+    except (*DAMAGE, UsageError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise NopeError(f"config.json describes no network ({reason})", where=where) from None
+    return shape | {"trained_context_length": config.get("trained_context_length")}
+
+
+def from_layout(
+    tensors: Mapping[str, Tensor], layout: str, num_layers: int, where: str
+) -> dict[str, Tensor]:
+    """The tensors of a NoPE GPT in one of these layouts, by the names they have in memory.
+
+    Raises:
+        NopeError: They are of another network, or one is missing.
+    """
     rest = dict(tensors)
     head = rest.pop(HEAD, None)
     if head is not None and not torch.equal(head, rest.get(EMBEDDING, head)):
@@ -167,7 +179,7 @@ def from_layout(
         state[ours] = rest.pop(theirs)
     for name, tensor in rest.items():
         refuse_more(name, tensor, layout, where)
-    return shape, state
+    return state
 
 
 def refuse_other_network(config: Mapping[str, Any], layout: str, where: str) -> None:
@@ -194,10 +206,12 @@ def turns(config: Mapping[str, Any]) -> bool:
     """Whether queries and keys are turned by an angle that can be seen."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type"))
-    if kind != "llama3" or not rope["factor"] >= UNTURNED["factor"]:
+    if kind != "llama3" or not rope["factor"] >= FACTOR:
         return True
-    # Every wavelength is 2 pi or more, and those beyond this one are stretched by the factor.
-    return bool(rope["original_max_position_embeddings"] / rope["low_freq_factor"] >= 2 * math.pi)
+    # With such a base every wavelength is 2 pi or more; those beyond this one are stretched.
+    base = rope.get("rope_theta", config.get("rope_theta", 0.0))
+    longest = rope["original_max_position_embeddings"] / rope["low_freq_factor"]
+    return bool(base < 1 or longest >= 2 * math.pi)
 
 
 def refuse_more(name: str, tensor: Tensor, layout: str, where: str) -> None:

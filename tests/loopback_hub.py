@@ -245,15 +245,18 @@ class Conversation(BaseHTTPRequestHandler):
             # The client reads the URL even here when it was told that existing is fine.
             return Reply(json.dumps(created | {"error": "It exists already"}).encode(), 409)
         repository.mkdir(parents=True)
+        if wish.get("private") or wish.get("visibility") == "private":
+            self.hub.private.add(repository)
         return created
 
     @endpoint(rf"GET {API}(?:/revision/{REVISION})?")
     def repository_info(self, kind: str, name: str, revision: str | None) -> Json:
-        files = stored_files(self.repository(kind, name, revision or "main"))
+        repository = self.repository(kind, name, revision or "main")
+        files, private = stored_files(repository), repository in self.hub.private
         siblings = [{"rfilename": path} for path in files]
         if "blobs" in self.query:
             siblings = [{"rfilename": path} | files[path].listing for path in files]
-        return {"id": name, "sha": tree_id(files), "private": False, "siblings": siblings}
+        return {"id": name, "sha": tree_id(files), "private": private, "siblings": siblings}
 
     @endpoint(rf"GET {API}/tree/{REVISION}(?:/(?P<folder>.+))?")
     def tree(self, kind: str, name: str, revision: str, folder: str | None) -> list[Json]:
@@ -361,6 +364,7 @@ class LoopbackHub:
         self.faults: list[Fault] = []
         self.happened: Counter[Fault] = Counter()
         self.objects: dict[str, bytes] = {}
+        self.private: set[Path] = set()
         self.one_at_a_time = threading.Lock()
         self.stopped = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Conversation, self))

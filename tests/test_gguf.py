@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from reference import SETTINGS, forward, published_tensors
-from test_export import CORPUS, ENCODINGS, both_tokenizers, exported, sharp, source_of
+from test_export import CORPUS, ENCODINGS, SPECIAL, both_tokenizers, exported, sharp, source_of
 
 from nope_gpt.config import ExportConfig
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.export import exporting, gguf_layout, parity
-from nope_gpt.export.chat_template import JINJA
+from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.exporting import export
 from nope_gpt.export.gguf_readers import GgufReader, LlamaCppReader
 from nope_gpt.export.source import Source
@@ -139,7 +139,7 @@ def test_the_files_vocabulary_is_the_tokenizers(
     assert (ours["eos_token_id"], ours["eot_token_id"], ours["padding_token_id"]) == (301, 301, 299)
     assert (ours["add_bos_token"], ours["add_eos_token"]) == (False, False)
     assert len(ours["merges"]) == 299 - 256
-    assert settings["tokenizer.chat_template"] == JINJA
+    assert settings["tokenizer.chat_template"] == jinja(SPECIAL)
 
 
 @pytest.mark.parametrize(

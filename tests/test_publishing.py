@@ -16,6 +16,7 @@ from test_export import exported, sharp
 
 from nope_gpt import history
 from nope_gpt.config import ExportConfig
+from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.export import card, exporting
 from nope_gpt.export.exporting import export
 from nope_gpt.model import NoPEGPT
@@ -74,7 +75,7 @@ def test_nothing_goes_to_the_hub_when_the_comparison_fails(
 
     monkeypatch.setitem(exporting.WRITERS, "hub", write_wrongly)
     settings = ExportConfig(model=str(model), output=str(tmp_path / "out"), push_to_hub="me/tiny")
-    with pytest.raises(Exception, match="the export is not what its source is"):
+    with pytest.raises(NopeError, match="the export is not what its source is"):
         export(settings)
     assert reached == []
     assert not (tmp_path / "out").exists()
@@ -141,6 +142,111 @@ def test_what_is_there_is_written_anew_for_an_upload_if_the_source_or_the_file_c
             file.write(b"\0")
         done = nope(*words, env=environment)
         assert (done.returncode, "this already exists" in done.stderr) == (2, True)
+
+
+def test_an_export_that_was_made_for_no_repository_gets_the_card_of_the_one_it_goes_to(
+    model: Path, tmp_path: Path, nope: Nope
+) -> None:
+    words = ("export", "--model", model, "--format", "transformers", "--output", "out")
+    assert nope(*words).returncode == 0
+    weights = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    assert "# out\n" in (tmp_path / "out" / "README.md").read_text()
+    with LoopbackHub(tmp_path / "hub") as hub:
+        for name in ("me/one", "me/two"):
+            done = nope(
+                *words, "--push-to-hub", name, env=hub.environment(tmp_path / "cache")
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            text = (tmp_path / "hub" / "models" / name / "README.md").read_text()
+            assert f"# {name}\n" in text
+            assert f'pipeline("text-generation", model="{name}")' in text
+            assert "- Read by transformers 5." in text
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_what_an_earlier_export_left_on_the_hub_is_removed_and_nothing_else(
+    model: Path, tmp_path: Path, nope: Nope
+) -> None:
+    words = ("export", "--model", model, "--push-to-hub", "me/tiny", "--format")
+    with LoopbackHub(tmp_path / "hub") as hub:
+        environment = hub.environment(tmp_path / "cache")
+        assert nope(*words, "gguf", "--output", "one", env=environment).returncode == 0
+        repository = tmp_path / "hub" / "models" / "me" / "tiny"
+        (repository / "LICENSE.txt").write_text("mine")
+        (tmp_path / "one" / "notes.txt").write_text("not for others")
+        done = nope(
+            *words, "gguf", "--quantize", "q8_0", "--output", "two", env=environment
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert {file.name for file in repository.iterdir()} == {
+            "LICENSE.txt", "README.md", "Modelfile", "model-q8_0.gguf", "parity.json",
+        }  # fmt: skip
+
+
+def test_a_public_repository_is_not_taken_for_a_private_model(
+    model: Path, tmp_path: Path, nope: Nope
+) -> None:
+    with LoopbackHub(tmp_path / "hub") as hub:
+        (tmp_path / "hub" / "models" / "me" / "open").mkdir(parents=True)
+        done = nope(
+            "export", "--model", model, "--push-to-hub", "me/open", "--private",
+            env=hub.environment(tmp_path / "cache"),
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: this repository is there already, and is public\n" in done.stderr
+    assert list((tmp_path / "hub" / "models" / "me" / "open").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["me/my--model", "me/-x", "me/x.git", "me/" + "x" * 97])
+def test_a_name_that_the_hub_would_refuse_is_refused_before_anything_is_written(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    settings = ExportConfig(model=str(model), output=str(tmp_path / "out"), push_to_hub=name)
+    with pytest.raises(UsageError, match="cannot be a repository"):
+        export(settings)
+    assert not (tmp_path / "out").exists()
+
+
+HOSTILE = [
+    '{"stages": [{}]}',
+    '{"stages": 3}',
+    '{"stages": [{"command": "x", "step": 1, "tokens": 1, "losses": {"loss": [[1]]}}]}',
+    '{"stages": [{"command": "x", "step": "a", "tokens": 1, "losses": {}}]}',
+    "[]",
+    "{",
+]
+
+
+@pytest.mark.parametrize("content", HOSTILE)
+def test_a_history_of_something_else_is_refused_by_name(
+    model: Path, tmp_path: Path, content: str
+) -> None:
+    (model / "history.json").write_text(content)
+    with pytest.raises(NopeError, match="the history cannot be read"):
+        exported(model, "hub", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_history_says_cannot_break_the_card(model: Path, tmp_path: Path) -> None:
+    source = {"name": "a | b\n# c", "repo": "x: [y", "files": 1}
+    stage = {
+        "command": "tune", "version": "0", "config": {}, "step": 1, "tokens": 2, "seconds": 3.0,
+        "data": {"name": "d\n\n## e", "sources": [source]},
+        "losses": {"loss": [], "eval_loss": [[1, 2.5]]},
+    }  # fmt: skip
+    (model / "history.json").write_text(json.dumps({"stages": [stage]}))
+    text = (exported(model, "hub", tmp_path / "out") / "README.md").read_text()
+    assert "x: [y" not in text.split("---")[1]
+    assert "| Tuning | 1 | 2 | 2.500 nats | d ## e: a \\| b # c" in text
+
+
+@pytest.mark.slow
+def test_a_log_that_was_cut_short_is_no_obstacle(base: Path, tmp_path: Path) -> None:
+    log = base / "metrics.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 2, "lo')
+    stages = json.loads((exported(base, "hub", tmp_path / "out") / "history.json").read_text())
+    assert [step for step, _ in stages["stages"][0]["losses"]["loss"]] == [1.0, 2.0]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from nope_gpt.cli.options import JSON, configured
 from nope_gpt.cli.terminal import result, say
 from nope_gpt.config import ExportConfig
+from nope_gpt.locating import HISTORY
 
 
 @configured(ExportConfig, JSON)
@@ -30,9 +31,10 @@ def command(config: ExportConfig, json: bool) -> None:
     from nope_gpt.export.card import can_draw
     from nope_gpt.export.exporting import export
 
-    say(f"loading {config.model}")
+    if config.model:
+        say(f"loading {config.model}")
     made = export(config, say)
-    if not can_draw():
+    if not can_draw() and any((item.path / HISTORY).is_file() for item in made):
         say("the card has no picture: pip install 'nope-gpt[plots]' draws the losses", style="dim")
     listing = [
         {

@@ -89,6 +89,10 @@ class ExportConfig(Knobs):
         gguf_alone = [flag for flag in ("quantize", "dense") if getattr(self, flag)]
         if gguf_alone and "gguf" not in self.formats:
             raise UsageError(f"--{gguf_alone[0]} is of --format gguf, which is not asked for")
+        if self.license and not re.fullmatch(r"[\w.+-]+", self.license):
+            raise UsageError(
+                f"--license is {self.license!r}, and must be a short name such as apache-2.0"
+            )
         if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
             raise UsageError(f"--push-to-hub is {self.push_to_hub!r}, and must be OWNER/NAME")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def model_card(
         directory: With its files.
     """
     kind = "chat model" if source.is_chat else "base model"
+    dtype = str(source.dtype).removeprefix("torch.")
     parts = [
         front_matter(format, source),
         f"# {name}",
@@ -42,7 +44,10 @@ def model_card(
         *training(source, has_picture=(directory / PICTURE).is_file()),
         "## Compared with its source",
         "What is in this directory was read again before it was put here, and compared with the "
-        "model that it was written from, in float32.",
+        f"model that it was written from, with its weights in {dtype}, computing in float32."
+        if format != "gguf"
+        else "What is in this directory was read again before it was put here, and compared with "
+        "the model that it was written from.",
         *(f"- {report.line[0].upper()}{report.line[1:]}." for report in reports),
     ]
     return "\n\n".join(parts) + "\n"
@@ -57,7 +62,8 @@ def front_matter(format: str, source: Source) -> str:
         lines.append("- gguf")
     if source.license:
         lines.append(f"license: {source.license}")
-    datasets = sorted({entry["repo"] for entry in sources_of(source.history) if "repo" in entry})
+    repositories = {str(entry.get("repo", "")) for entry in sources_of(source.history)}
+    datasets = sorted(repo for repo in repositories if re.fullmatch(r"[\w.-]+/[\w.-]+", repo))
     if datasets:
         lines += ["datasets:", *(f"- {repo}" for repo in datasets)]
     return "\n".join(["---", *lines, "---"])
@@ -202,8 +208,13 @@ def stage_row(stage: Stage) -> str:
     return (
         f"| {VERBS.get(stage['command'], stage['command'])} | {stage['step']:,} | "
         f"{stage['tokens']:,} | {f'{losses[-1][1]:.3f} nats' if losses else 'not recorded'} | "
-        f"{data['name']}{f': {sources}' if sources else ''} |"
+        f"{cell(data['name'])}{f': {cell(sources)}' if sources else ''} |"
     )
+
+
+def cell(text: str) -> str:
+    """A text in a cell of a table."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def in_words(entry: dict[str, Any]) -> str:

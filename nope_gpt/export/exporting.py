@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nope_gpt import __version__, hub
 from nope_gpt.artifacts import (
     DAMAGE,
@@ -21,7 +23,7 @@ from nope_gpt.artifacts import (
     write_json,
 )
 from nope_gpt.config import ExportConfig
-from nope_gpt.errors import NetworkError
+from nope_gpt.errors import NetworkError, NopeError, UsageError
 from nope_gpt.export import card, gguf_layout, hub_layout, parity, transformers_layout
 from nope_gpt.export.gguf_readers import GgufReader, LlamaCppReader
 from nope_gpt.export.parity import Report
@@ -29,6 +31,14 @@ from nope_gpt.export.readers import OwnReader, Reader, TransformersReader
 from nope_gpt.export.source import Source, open_source
 from nope_gpt.locating import HISTORY
 from nope_gpt.transformers_layout import ARCEE, LLAMA
+
+CARD = "README.md"
+
+OWN_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.jinja", "tokenizer*", "config.json",
+    "generation_config.json", "Modelfile", HISTORY, PARITY, card.PICTURE,
+)  # fmt: skip
+"""What an export writes: on the Hub, those of an earlier one are replaced or removed."""
 
 Tell = Callable[[str], None]
 
@@ -71,17 +81,40 @@ def export(config: ExportConfig, tell: Tell = lambda _: None) -> list[Export]:
     for name, path in places.items():
         if name not in kept:
             refuse_existing(path, overwrite=config.overwrite)
-    gguf_layout.refuse_impossible(config, source)
+    refuse_impossible(source, config)
     made = []
     for name, path in places.items():
         if name in kept:
             tell(f"{path} is there already, as asked for")
-            made.append(Export(name, path, []))
+            made.append(kept_export(name, path, source, config))
         else:
             made.append(export_one(name, path, source, config, tell))
     if config.push_to_hub is None:
         return made
     return [upload(item, config, tell) for item in made]
+
+
+def refuse_impossible(source: Source, config: ExportConfig) -> None:
+    """Refuse what cannot be written or uploaded, before anything is.
+
+    Raises:
+        NopeError: It cannot; says why.
+    """
+    if config.push_to_hub:
+        for name in config.formats:
+            hub.refuse_name(repository_of(name, config))
+    shape = source.saved.config
+    if shape.head_dimensions % 2 and config.formats != ["hub"]:
+        raise UsageError(
+            f"heads of {shape.head_dimensions} dimensions are an odd number, and other programs "
+            f"know only even ones",
+            hint="--format hub",
+        )
+    if source.dtype == torch.float64 and config.formats != ["hub"]:
+        raise UsageError(
+            "the weights are float64, which other programs do not read", hint="--dtype float32"
+        )
+    gguf_layout.refuse_impossible(config, source)
 
 
 def places_of(source: Source, config: ExportConfig) -> dict[str, Path]:
@@ -100,7 +133,7 @@ def called(path: Path, format: str, config: ExportConfig) -> str:
     """What the card calls an export: its repository, or its directory."""
     if config.push_to_hub:
         return repository_of(format, config)
-    return f"{path.parent.name}/{path.name}" if len(config.formats) > 1 else path.name
+    return path.name if path.is_absolute() else path.as_posix()
 
 
 def export_one(name: str, path: Path, source: Source, config: ExportConfig, tell: Tell) -> Export:
@@ -110,7 +143,7 @@ def export_one(name: str, path: Path, source: Source, config: ExportConfig, tell
         tell(f"writing {path}")
         reports = []
         for open_reader in WRITERS[name](directory, source, config):
-            report = parity.compare(source, open_reader())
+            report = read_again(source, open_reader, name)
             tell(f"  {report.line}")
             parity.refuse_difference(report, f"--format {name}")
             reports.append(report)
@@ -118,10 +151,8 @@ def export_one(name: str, path: Path, source: Source, config: ExportConfig, tell
             write_json(directory / HISTORY, {"stages": source.history})
         for picture, content in card.pictures(source).items():
             write_file(directory / picture, content)
-        text = card.model_card(
-            called(path.absolute(), name, config), name, source, reports, directory
-        )
-        write_file(directory / "README.md", text.encode())
+        text = card.model_card(called(path, name, config), name, source, reports, directory)
+        write_file(directory / CARD, text.encode())
         files = {file.name: describe(file) for file in sorted(directory.iterdir())}
         write_json(
             directory / PARITY,
@@ -134,6 +165,25 @@ def export_one(name: str, path: Path, source: Source, config: ExportConfig, tell
             },
         )
     return Export(name, path, reports)
+
+
+def read_again(source: Source, open_reader: Callable[[], Reader], name: str) -> Report:
+    """Compare an artefact with its source; a library that cannot read it is a complaint too.
+
+    Raises:
+        NopeError: It cannot be read.
+    """
+    try:
+        return parity.compare(source, open_reader())
+    except NopeError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        raise NopeError(
+            f"the export cannot be read again, and was not kept: {reason}",
+            where=f"--format {name}",
+            hint="pip install --upgrade transformers llama-cpp-python",
+        ) from error
 
 
 Readers = list[Callable[[], Reader]]
@@ -200,10 +250,21 @@ def is_made(path: Path, name: str, source: Source, config: ExportConfig) -> bool
         record = json.loads((path / PARITY).read_text(encoding="utf-8"))
         same = {"format": name, "version": __version__, "asked": asked(name, source, config)}
         return all(record[key] == value for key, value in same.items()) and all(
-            describe(path / Path(file).name) == entry for file, entry in record["files"].items()
+            describe(path / Path(file).name) == entry
+            for file, entry in record["files"].items()
+            if file != CARD
         )
     except DAMAGE:
         return False
+
+
+def kept_export(name: str, path: Path, source: Source, config: ExportConfig) -> Export:
+    """What was written before, with a card for where it goes to."""
+    record = json.loads((path / PARITY).read_text(encoding="utf-8"))
+    reports = [Report(**{**report, "complaints": ()}) for report in record["reports"]]
+    text = card.model_card(called(path, name, config), name, source, reports, path)
+    write_file(path / CARD, text.encode())
+    return Export(name, path, reports)
 
 
 def upload(item: Export, config: ExportConfig, tell: Tell) -> Export:
@@ -215,7 +276,15 @@ def upload(item: Export, config: ExportConfig, tell: Tell) -> Export:
     repo_id = repository_of(item.format, config)
     tell(f"uploading {item.path} to {repo_id}")
     try:
-        return replace(item, url=hub.upload(item.path, repo_id, private=config.private or None))
+        record = json.loads((item.path / PARITY).read_text(encoding="utf-8"))
+        url = hub.upload(
+            item.path,
+            repo_id,
+            private=config.private or None,
+            allow_patterns=[PARITY, *record["files"]],
+            delete_patterns=list(OWN_FILES),
+        )
+        return replace(item, url=url)
     except NetworkError as error:
         raise NetworkError(
             error.what,

@@ -25,9 +25,10 @@ from nope_gpt.blocks import NORM_EPSILON
 from nope_gpt.byte_pairs import merges, spelled, splits_of
 from nope_gpt.config import ExportConfig, ModelConfig
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.export.chat_template import GO, JINJA
+from nope_gpt.export.chat_template import GO, jinja
 from nope_gpt.export.source import Source
 from nope_gpt.hub import SavedModel
+from nope_gpt.transformers_layout import FACTOR
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -37,9 +38,6 @@ QUANTIZER = "pip install llama-cpp-python, or put llama.cpp's llama-quantize on 
 
 OWN_QUANTIZATIONS = ("q8_0",)
 """Written here; others are left to llama.cpp."""
-
-FACTOR = 1e30
-"""What `rope_freqs.weight` divides every frequency by, so that nothing turns."""
 
 NAMES = {
     "attention_norm": "attn_norm",
@@ -144,7 +142,7 @@ def write_gguf(path: Path, source: Source, kind: str, *, dense: bool) -> None:
     writer.add_file_type(LlamaFileType[file_type])
     write_vocabulary(writer, source)
     if source.is_chat:
-        writer.add_chat_template(JINJA)
+        writer.add_chat_template(jinja(source.special_tokens))
     write_tensors(writer, source.saved, quantization, dense=dense)
     with writing(path):
         finish(writer)

@@ -17,13 +17,13 @@ from nope_gpt import __version__, encodings
 from nope_gpt.byte_pairs import SPLITS, merges, spelled, told_apart
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NopeError
-from nope_gpt.export.chat_template import JINJA
-from nope_gpt.export.gguf_layout import FACTOR, ROUTER, names
+from nope_gpt.export.gguf_layout import ROUTER, names
 from nope_gpt.export.readers import EXACT, OwnReader, Tolerance
 from nope_gpt.hub import SavedModel
 from nope_gpt.memory import Message
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
+from nope_gpt.transformers_layout import FACTOR
 
 TOLERANCES = {
     "f32": Tolerance(1e-4, 1e-8),
@@ -135,8 +135,8 @@ def tokenizer_in(file: Any, vocabulary_size: int, where: str) -> BaseTokenizer:
     added = {text: id for text, id in others.items() if not text.startswith("<|unused_")}
     encoding = encodings.described(ranks, pattern, added, where)
     tokenizer = tokenizer_of(BaseTokenizer(encoding), vocabulary_size)
-    if isinstance(tokenizer, ChatTokenizer) and value(file, "tokenizer.chat_template") != JINJA:
-        raise NopeError("this GGUF file has another chat template", where=where)
+    if isinstance(tokenizer, ChatTokenizer) and not value(file, "tokenizer.chat_template"):
+        raise NopeError("this GGUF file has no chat template", where=where)
     return tokenizer
 
 

@@ -6,7 +6,6 @@ for anything more is refused.
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nope_gpt import hub
-from nope_gpt.errors import NopeError
+from nope_gpt.artifacts import DAMAGE
+from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.hub import SavedModel
 from nope_gpt.tokenization import BaseTokenizer
 
@@ -29,21 +29,33 @@ def read_checkpoint(path: Path) -> tuple[SavedModel, BaseTokenizer]:
         NopeError: The file is damaged, asks for code to be run, or is not a checkpoint.
     """
     where = str(path)
+    if path.suffix in (".safetensors", ".gguf"):
+        raise UsageError(
+            f"this is a {path.suffix} file, and a model is a directory",
+            where=where,
+            hint=f"nope export --model {path.parent}",
+        )
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NopeError(
-            f"this checkpoint cannot be read without running code from it: {reason}", where=where
-        ) from None
+    except OSError as error:
+        raise NopeError(f"this file cannot be read: {error.strerror}", where=where) from None
+    except Exception as error:  # What is no pickle can fail in any way.
+        asks = "Unsupported" in str(error) or "weights_only" in str(error)
+        reason = str(error).partition(". ")[0].splitlines()[0] if str(error) else "it is empty"
+        what = "cannot be read without running code from it" if asks else "is damaged"
+        raise NopeError(f"this checkpoint {what}: {reason}", where=where) from None
     if not isinstance(record, dict) or not {"model", "model_args"} <= record.keys():
         raise NopeError("this is not a checkpoint of the training scripts", where=where)
-    settings = hub.rename_settings(dict(record["model_args"]), where)
-    tensors = {key: value for key, value in record["model"].items() if torch.is_tensor(value)}
-    alpha = float(record.get("lora_args", {}).get("alpha", 1.0))
-    state = hub.translate(fold_adapters(tensors, alpha), where)
-    name = record.get("tokenizer_args", {}).get("name", "r50k_base")
-    return hub.assemble(settings, state, where), BaseTokenizer.from_tiktoken(str(name))
+    try:
+        settings = hub.rename_settings(dict(record["model_args"]), where)
+        tensors = {key: value for key, value in record["model"].items() if torch.is_tensor(value)}
+        alpha = float(record.get("lora_args", {}).get("alpha", 1.0))
+        state = hub.translate(fold_adapters(tensors, alpha), where)
+        name = str(record.get("tokenizer_args", {}).get("name", "r50k_base"))
+    except (*DAMAGE, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise NopeError(f"this checkpoint is damaged ({reason})", where=where) from None
+    return hub.assemble(settings, state, where), BaseTokenizer.from_tiktoken(name)
 
 
 def fold_adapters(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

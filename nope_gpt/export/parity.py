@@ -125,6 +125,7 @@ def compare(source: Source, reader: Reader) -> Report:
         )
     if allowed.error is not None and continued < NUM_CONTINUED:
         complaints.append(f"{NUM_CONTINUED - continued} of its greedy tokens are not likeliest")
+    complaints += other_tensors(source, reader)
     if same < num_texts:
         complaints.append(f"{num_texts - same} of {num_texts} texts have other tokens")
     return Report(
@@ -139,6 +140,18 @@ def compare(source: Source, reader: Reader) -> Report:
         texts=same,
         complaints=tuple(complaints),
     )
+
+
+def other_tensors(source: Source, reader: Reader) -> list[str]:
+    """Which weights are not the source's, where they are to be the numbers themselves."""
+    if not isinstance(reader, OwnReader) or reader.tolerance.error is None:
+        return []
+    found = reader.model.state_dict()
+    return [
+        f"{name} has other numbers"
+        for name, right in source.reference.state_dict().items()
+        if not torch.equal(found[name], right)
+    ]
 
 
 def refuse_difference(report: Report, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -120,8 +121,8 @@ def open_source(config: ExportConfig) -> Source:
     """
     if config.model is None:
         raise UsageError("there is no model to export", hint="nope export --model runs/tune")
-    path = Path(config.model).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(config.model))  # noqa: PTH111  Which raises nothing.
+    if os.path.isfile(path):  # noqa: PTH113
         saved, tokenizer = read_checkpoint(path)
         name, history = path.stem, list[Stage]()
     else:

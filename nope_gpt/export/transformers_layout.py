@@ -10,7 +10,7 @@ from nope_gpt.artifacts import write_file, write_json
 from nope_gpt.byte_pairs import tokenizer_json
 from nope_gpt.config import ChatConfig, GenerateConfig
 from nope_gpt.encodings import END_OF_TEXT
-from nope_gpt.export.chat_template import JINJA
+from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.hub_layout import LARGEST_FILE
 from nope_gpt.export.source import Source
 from nope_gpt.locating import CONFIG, TOKENIZER
@@ -49,7 +49,7 @@ def write_tokenizer(directory: Path, source: Source) -> None:
     )
     write_json(directory / TOKENIZER, document)
     if source.is_chat:
-        write_file(directory / TEMPLATE, JINJA.encode())
+        write_file(directory / TEMPLATE, jinja(source.special_tokens).encode())
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": source.context_length,
