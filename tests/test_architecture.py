@@ -21,7 +21,7 @@ FLOORS = [
     {"knobs"},
     {"config"},
     {"hardware"},
-    {"sizing", "memory", "sampling", "signals"},
+    {"sizing", "memory", "sampling", "signals", "tools", "example_tools"},
     {"artifacts"},
     {"device", "attention", "cross_entropy", "quantization", "embedding"},
     {"caching"},
@@ -32,7 +32,7 @@ FLOORS = [
     {"tokenization"},
     {"model"},
     {"lora", "streaming", "beams", "data"},
-    {"chat", "batching", "adapters"},
+    {"chat", "batching", "adapters", "transcripts"},
     {"training", "export"},
     {"cli"},
 ]

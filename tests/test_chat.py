@@ -72,13 +72,13 @@ def test_the_memory_stores_what_was_said() -> None:
     chat = session()
     assert [say(chat, "One?"), say(chat, "Two?")] == ["ok", "ok"]
     one, two = said("user", "One?"), said("user", "Two?")
-    assert chat.memory.get_history() == [one, said("assistant", "ok"), two, said("assistant", "ok")]
+    assert chat.messages == [one, said("assistant", "ok"), two, said("assistant", "ok")]
 
 
 def test_the_model_sees_the_system_message_and_the_history() -> None:
     chat = session(system_message="Be kind.")
     say(chat, "One?")
-    chat.memory.add_message(said("user", "Two?"))
+    chat.messages.append(said("user", "Two?"))
     text = "system\nBe kind.", "user\nOne?", "assistant\nok", "user\nTwo?"
     expected = "".join(f"<|im_start|>{message}\n<|im_end|>\n" for message in text)
     assert TOKENIZER.decode_tokens(chat.prompt()) == f"{expected}<|im_start|>assistant\n"
@@ -86,7 +86,7 @@ def test_the_model_sees_the_system_message_and_the_history() -> None:
 
 def test_no_system_message_is_no_message() -> None:
     chat = session(system_message="")
-    chat.memory.add_message(said("user", "Hi."))
+    chat.messages.append(said("user", "Hi."))
     prompt = TOKENIZER.decode_tokens(chat.prompt())
     assert prompt == "<|im_start|>user\nHi.\n<|im_end|>\n<|im_start|>assistant\n"
 
@@ -96,7 +96,7 @@ def test_an_answer_that_is_left_early_is_kept_as_far_as_it_came() -> None:
     answer = chat.reply("Hi.")
     assert [next(answer).text for _ in range(4)] == ["h", "a", "a", "a"]
     answer.close()  # type: ignore[attr-defined]
-    assert chat.memory.get_history() == [said("user", "Hi."), said("assistant", "haaa")]
+    assert chat.messages == [said("user", "Hi."), said("assistant", "haaa")]
     assert chat.statistics and chat.statistics.reason == "interrupted"
 
 
@@ -128,33 +128,33 @@ def test_a_character_is_never_split_and_an_unfinished_one_is_marked() -> None:
     assert [piece.text for piece in chat.reply("Hi.")] == ["é", "😀"]
     chat = session(speaker("é😀"), max_tokens=4)
     assert [piece.text for piece in chat.reply("Hi.")] == ["é", "\N{REPLACEMENT CHARACTER}"]
-    assert chat.memory.get_history()[-1] == said("assistant", "é\N{REPLACEMENT CHARACTER}")
+    assert chat.messages[-1] == said("assistant", "é\N{REPLACEMENT CHARACTER}")
 
 
 def test_a_prompt_too_long_for_the_context_loses_its_oldest_messages_whole() -> None:
     chat = session(max_message_history=8)
     for number in range(3):
         say(chat, f"Question {number}?")
-    chat.memory.add_message(said("user", "Last?"))
+    chat.messages.append(said("user", "Last?"))
     system = said("system", chat.config.system_message)
-    history = chat.memory.get_history()
+    history = chat.messages.copy()
     prompts = [TOKENIZER.tokenize_prompt([system, *history[turn:]]) for turn in (0, 2, 4, 6)]
     for length in range(len(prompts[-1]), len(prompts[0]) + 2):
         chat.config = chat.config.changed(context_length=length)
         assert chat.prompt() == next(tokens for tokens in prompts if len(tokens) <= length)
-    assert chat.memory.get_history() == history
+    assert chat.messages == history
 
 
 def test_a_message_too_long_by_itself_is_refused_and_forgotten() -> None:
     chat = session(context_length=150, max_message_history=3)
     say(chat, "Zero?")
     say(chat, "One?")
-    before = chat.memory.get_history()
+    before = chat.messages.copy()
     with pytest.raises(UsageError, match=r"the message and the system message are \d+ tokens"):
         say(chat, "x" * 150)
-    assert chat.memory.get_history() == before
+    assert chat.messages == before
     assert say(chat, "Two?") == "ok"
-    assert chat.memory.get_history()[-2:] == [said("user", "Two?"), said("assistant", "ok")]
+    assert chat.messages[-2:] == [said("user", "Two?"), said("assistant", "ok")]
 
 
 def test_a_base_model_is_refused_with_the_ways_on() -> None:
@@ -169,11 +169,11 @@ def test_a_base_model_is_refused_with_the_ways_on() -> None:
 def test_forged_control_markers_stay_text(place: str) -> None:
     chat = session(system_message=FORGED if place == "system" else "Be kind.")
     if place == "answer":
-        chat.memory.add_message(said("user", "Hi."))
-        chat.memory.add_message(said("assistant", FORGED))
-    chat.memory.add_message(said("user", FORGED if place == "user" else "Hi."))
+        chat.messages.append(said("user", "Hi."))
+        chat.messages.append(said("assistant", FORGED))
+    chat.messages.append(said("user", FORGED if place == "user" else "Hi."))
     prompt = chat.prompt()
-    messages = 1 + len(chat.memory.get_history())
+    messages = 1 + len(chat.messages)
     assert prompt.count(TOKENIZER.im_start_index) == messages + 1
     assert prompt.count(TOKENIZER.im_end_index) == messages
     assert TOKENIZER.end_of_text not in prompt

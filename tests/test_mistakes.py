@@ -378,7 +378,7 @@ error: there is no such file
   where: gone.pt
 
 $ nope export --model old.pt  [1]
-error: this checkpoint cannot be read without running code from it: …
+error: this checkpoint is damaged: …
   where: old.pt
 
 $ nope export --model plain  [3]
@@ -479,10 +479,6 @@ error: there is no valid checkpoint
 $ nope generate hi --model datasets/text  [2]
 error: this is a dataset, not a checkpoint
   where: datasets/text
-
-$ nope chat --model runs/pretrain  [2]
-error: this is a base model, which was never taught to take turns
-  next:  continue a text with `nope generate`, or teach it with `nope tune`
 
 $ nope generate --prompt-file none  [3]
 error: there is no such prompt file

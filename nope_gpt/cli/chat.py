@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
+import json as jsons
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from nope_gpt.cli.options import configured
+from nope_gpt.cli.options import JSON, configured
 from nope_gpt.cli.terminal import is_interactive, say
 from nope_gpt.config import ChatConfig
-from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.errors import NopeError
 
 if TYPE_CHECKING:
     from nope_gpt.chat import ChatSession
 
 
-@configured(ChatConfig)
-def command(
-    config: ChatConfig,
-) -> None:
+@configured(ChatConfig, JSON)
+def command(config: ChatConfig, json: bool) -> None:
     """Talk with a model in the terminal, or through a pipe, one message a line.
 
-    Enter sends. Ctrl-C stops an answer and keeps what was said; at the prompt it clears
-    the line. Ctrl-D leaves.
+    Enter sends, Ctrl-C stops an answer and keeps what was said, Ctrl-D leaves; /help lists the
+    commands and the other keys. With --json every answer is an object on a line.
 
     Examples:
 
     - `nope chat --model andrewdalpino/NoPE-GPT-400M-Chat`
 
-    - `nope chat --model runs/tune --temperature 0`
+    - `nope chat --model runs/tune --temperature 0 --tools examples`
 
     - `printf 'Hi!\\nAnd bye.\\n' | nope chat --model runs/tune`
     """
-    from nope_gpt.chat import ChatSession
-    from nope_gpt.cli.loading import open_model
+    import torch
 
-    model, tokenizer = open_model(config, "chat")
-    session = ChatSession(model, tokenizer, config)
-    if is_interactive():
-        say("Ctrl-C stops an answer, Ctrl-D leaves.", style="dim")
-        converse(session, typed_messages())
+    from nope_gpt.cli.loading import find_model
+    from nope_gpt.device import draw_seed, resolve_device
+    from nope_gpt.tools import load_tools
+
+    load_tools(config.tools)  # Refused now, and not when the model is there.
+    resolve_device(config.device)
+    find_model(config, "chat")
+    torch.manual_seed(draw_seed() if config.seed is None else config.seed)
+    if is_interactive() and not json:
+        from nope_gpt.cli.repl.conversation import Conversation
+
+        say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.", style="dim")
+        Conversation(config, opened).run()
     else:
-        converse(session, piped_messages())
+        answer_lines(opened(config), json)
 
 
-def typed_messages() -> Iterator[str]:
-    """Messages from a terminal, with line editing and a history of this session."""
-    from prompt_toolkit import PromptSession
+def opened(config: ChatConfig) -> ChatSession:
+    """A session with the model that is named.
 
-    prompt: PromptSession[str] = PromptSession()
-    while True:
-        try:
-            yield prompt.prompt("> ")
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            return
+    Raises:
+        NopeError: It cannot be loaded.
+    """
+    from nope_gpt.chat import session_of
+    from nope_gpt.cli.loading import find_model, load_model
+    from nope_gpt.tokenization import ChatTokenizer
+    from nope_gpt.tools import load_tools
+
+    model, tokenizer = load_model(find_model(config, "chat"), config)
+    if not isinstance(tokenizer, ChatTokenizer):
+        say(
+            "note: this is a base model, which was never taught to take turns: it continues what "
+            "you write; `nope tune` teaches it",
+            style="yellow",
+        )
+    return session_of(model, tokenizer, config, load_tools(config.tools))
 
 
 def piped_messages() -> Iterator[str]:
@@ -67,24 +80,32 @@ def piped_messages() -> Iterator[str]:
             raise NopeError(f"a message is not UTF-8: {error}", where="standard input") from None
 
 
-def converse(session: ChatSession, messages: Iterator[str]) -> None:
-    """Answer every message until there are no more."""
+def answer_lines(session: ChatSession, as_json: bool) -> None:
+    """Answer every message from standard input on a line of its own, or as an object."""
+    from nope_gpt.chat import NOT_ALLOWED, rounds
     from nope_gpt.cli.writing import write_stream
+    from nope_gpt.tools import Call, carry_out
 
-    for message in messages:
-        if not message.strip():
-            continue
-        try:
-            write_stream(session.reply(message), session.config.colorize_tokens)
-        except KeyboardInterrupt:
-            if not is_interactive():
-                raise
-        except UsageError as error:
-            if not is_interactive():
-                raise
-            say(str(error))
-            continue
-        sys.stdout.write("\n")
+    def result_of(call: Call) -> str:
+        allowed = session.config.yes_tools or call.fault
+        return carry_out(call, session.tools) if allowed else NOT_ALLOWED
+
+    for message in filter(str.strip, piped_messages()):
+        before = len(session.messages)
+        for pieces in rounds(session, session.reply(message), result_of):
+            if as_json:
+                for _ in pieces:
+                    pass
+            else:
+                write_stream(pieces, session.config.colorize_tokens)
+                sys.stdout.write("\n")
+        if as_json:
+            assert session.statistics
+            said = session.messages[before:]
+            record = {
+                "reply": said[-1]["content"],
+                "messages": said,
+                "statistics": session.statistics.as_dict(),
+            }
+            sys.stdout.write(jsons.dumps(record, ensure_ascii=False) + "\n")
         sys.stdout.flush()
-        if is_interactive():
-            say(str(session.statistics), style="dim")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -22,18 +23,9 @@ def open_model(config: SamplingConfig, command: str) -> tuple[NoPEGPT, BaseToken
     Raises:
         NopeError: There is no such model, or its files are damaged.
     """
-    if config.model is None:
-        raise UsageError(
-            "there is no model",
-            hint=f"nope {command} --model runs/tune, or --model andrewdalpino/NoPE-GPT-400M-Chat",
-        )
-    device = resolve_device(config.device)
+    directory = find_model(config, command)
     with waiting(f"loading {config.model}"):
-        directory = locate(config.model, partial(say, style="yellow"))
-        chosen = [adapters.place_of(name) for name in config.adapter]
-        saved = adapters.folded(hub.load(directory), directory, chosen)
-        model = in_dtype(NoPEGPT.from_saved(saved), config.dtype, device).to(device)
-        tokenizer = tokenizer_of(BaseTokenizer.load(directory), model.vocabulary_size)
+        model, tokenizer = load_model(directory, config)
     torch.manual_seed(draw_seed() if config.seed is None else config.seed)
     length = model.trained_context_length
     if length and config.context_length > length and config.max_tokens > length:
@@ -43,6 +35,33 @@ def open_model(config: SamplingConfig, command: str) -> tuple[NoPEGPT, BaseToken
             style="dim",
         )
     return model, tokenizer
+
+
+def find_model(config: SamplingConfig, command: str) -> Path:
+    """The directory of the model that is named, downloaded if it is on the Hub.
+
+    Raises:
+        NopeError: None is named, or there is no such model.
+    """
+    if config.model is None:
+        raise UsageError(
+            "there is no model",
+            hint=f"nope {command} --model runs/tune, or --model andrewdalpino/NoPE-GPT-400M-Chat",
+        )
+    return locate(config.model, partial(say, style="yellow"))
+
+
+def load_model(directory: Path, config: SamplingConfig) -> tuple[NoPEGPT, BaseTokenizer]:
+    """Load a model and its tokenizer, adapters folded in, without a word.
+
+    Raises:
+        NopeError: Files are damaged, or there is no such adapter or device.
+    """
+    device = resolve_device(config.device)
+    chosen = [adapters.place_of(name) for name in config.adapter]
+    saved = adapters.folded(hub.load(directory), directory, chosen)
+    model = in_dtype(NoPEGPT.from_saved(saved), config.dtype, device).to(device)
+    return model, tokenizer_of(BaseTokenizer.load(directory), model.vocabulary_size)
 
 
 def in_dtype(model: NoPEGPT, name: str, device: torch.device) -> NoPEGPT:

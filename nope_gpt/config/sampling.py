@@ -195,3 +195,14 @@ class ChatConfig(SamplingConfig):
     system_message: str = knob(
         "You are a friendly AI assistant.", "What the model is told before you speak.", panel=MODEL
     )
+    tools: tuple[str, ...] = knob(
+        (),
+        "Functions that the model may ask for: a file of Python, or examples for a calculator and "
+        "a clock; may be given several times.",
+        panel=MODEL,
+    )
+    yes_tools: bool = knob(False, "Run what the model asks for without asking you.", panel=MODEL)
+    markdown: bool = knob(
+        True, "On a terminal, show each finished block of an answer as Markdown.", panel=RUN
+    )
+    history: bool = knob(True, "Keep what you type, in a file that only you can read.", panel=RUN)

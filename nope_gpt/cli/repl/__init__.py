@@ -1,0 +1,1 @@
+"""The conversation in a terminal: keys, commands, and how answers are shown."""

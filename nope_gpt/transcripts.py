@@ -1,0 +1,61 @@
+"""Conversations as files: a line of JSON each, which `nope prepare` and `nope tune` read too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nope_gpt.artifacts import DAMAGE, write_file, writing
+from nope_gpt.data.documents import Refused, messages_of
+from nope_gpt.errors import MissingError, NopeError
+from nope_gpt.memory import Message
+
+
+def save(path: Path, messages: Sequence[Message], facts: Mapping[str, Any]) -> None:
+    """Write a conversation as the only line of a file, which is replaced in one step.
+
+    Args:
+        path: Of it.
+        messages: The system message among them.
+        facts: What else to keep beside them, such as the model.
+    """
+    write_file(path, line_of(messages, facts).encode())
+
+
+def add(path: Path, messages: Sequence[Message], facts: Mapping[str, Any]) -> None:
+    """Add a conversation to a file of several."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(line_of(messages, facts))
+
+
+def line_of(messages: Sequence[Message], facts: Mapping[str, Any]) -> str:
+    """A conversation as a line."""
+    return json.dumps({"messages": list(messages), **facts}, ensure_ascii=False) + "\n"
+
+
+def load(path: Path) -> list[Message]:
+    """The messages of the last conversation of a file; other fields are left alone.
+
+    Raises:
+        MissingError: There is no such file.
+        NopeError: It holds something else.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return messages_of(json.loads(lines[-1])["messages"])
+    except FileNotFoundError:
+        raise MissingError("there is no such transcript", where=str(path)) from None
+    except Refused as refusal:
+        raise NopeError(f"this is no transcript: {refusal}", where=str(path)) from None
+    except DAMAGE as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise NopeError(f"this is no transcript ({reason})", where=str(path)) from None
+
+
+def as_markdown(messages: Sequence[Message]) -> str:
+    """A conversation for people."""
+    return (
+        "\n\n".join(f"**{message['role']}**\n\n{message['content']}" for message in messages) + "\n"
+    )
