@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nope_gpt.artifacts import DAMAGE, MANIFEST, read_manifest, verify
-from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 from nope_gpt.remote import contacting
 
 CONFIG = "config.json"
@@ -63,14 +65,27 @@ def locate(model: str | Path, tell: Tell = untold, **options: Any) -> Path:
         return model_in(path.with_suffix(""), tell)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
         raise MissingError("there is no such file", where=str(path))
+    close = near(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise MissingError(
             "there is no such model",
             where=str(path),
-            hint="give a run, checkpoint or export directory, or a Hub id such as "
+            hint=close
+            or "give a run, checkpoint or export directory, or a Hub id such as "
             "andrewdalpino/NoPE-GPT-400M-Chat",
         )
-    return download(str(model), **options)
+    try:
+        return download(str(model), **options)
+    except (MissingError, NetworkError) as error:
+        error.hint = close or error.hint
+        raise
+
+
+def near(path: Path) -> str | None:
+    """What may have been meant by a directory that is not there."""
+    beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else None
 
 
 def model_in(path: Path, tell: Tell = untold) -> Path:
@@ -149,9 +164,31 @@ def step_of(checkpoint: Path) -> int:
 
 
 def download(repo_id: str, **options: Any) -> Path:
-    """Fetch a model's files from the Hub, or take them from the local cache."""
-    from huggingface_hub import snapshot_download
+    """A model's files from the Hub: those that are on this machine, without asking the network.
 
+    `hf download` gets a newer version.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    with suppress(LocalEntryNotFoundError, HFValidationError):
+        here = Path(snapshot_download(repo_id, **options | {"local_files_only": True}))
+        if is_whole(here):
+            return here
     with contacting("model", repo_id, "try again with a network, or give a local directory"):
         files = [CONFIG, WEIGHTS, INDEX, SHARDS, TOKENIZER, RANKS, HISTORY]
         return Path(snapshot_download(repo_id, allow_patterns=files, **options))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a model's directory has all that a download would bring, but for what is optional."""
+    needed = [CONFIG]
+    try:
+        if '"bpe-' in (path / TOKENIZER).read_text(encoding="utf-8")[:40]:
+            needed.append(RANKS)
+        if not (path / WEIGHTS).is_file():
+            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            needed += [Path(name).name for name in index["weight_map"].values()]
+    except DAMAGE:
+        return False
+    return all((path / name).is_file() for name in needed)

@@ -15,7 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,9 @@ def call_of(item: Any, tools: dict[str, Tool]) -> Call:
     """A call, and what is wrong with it."""
     name = item.get("name") if isinstance(item, dict) else None
     arguments = item.get("arguments", {}) if isinstance(item, dict) else None
+    if isinstance(arguments, str):  # JSON within JSON, as OpenAI's interface has it.
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return Call("?", {}, "a call must have a name and arguments")
     if name not in tools:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import re
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -235,50 +231,3 @@ def test_a_piped_message_that_cannot_be_answered_ends_the_conversation(
     assert out == "ok\n"
     assert "error: " in err
     assert says in err
-
-
-# On a terminal
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX pseudo-terminal")
-def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
-    import pexpect
-
-    saved(speaker("ha", stops=False), tmp_path / "m")
-    words = ["--model=m", "--max-tokens=1000000", "--temperature=1", "--repeat-penalty=0"]
-    words += ["--context-length=200", "--device=cpu"]
-    terminal = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    child = pexpect.spawn(
-        sys.executable,
-        ["-m", "nope_gpt.cli", "chat", *words],
-        env=os.environ | terminal,
-        encoding="utf-8",
-        timeout=30,
-        # A shell starts what runs in the background with interrupts ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    prompt = "\x1b[?2004h"  # What a line editor sends when it begins to read.
-    child.expect_exact("Ctrl-D leaves.")
-    child.expect_exact(prompt)
-    child.send("One?\r")
-    child.expect_exact("haaaaaa")
-    child.sendcontrol("c")
-    child.expect(r"\d+ tokens · .* tok/s · .* · interrupted")
-    child.expect_exact(prompt)
-    child.send("x" * 200 + "\r")
-    child.expect_exact("the context holds 200")
-    child.expect_exact(prompt)
-    child.send("halfway")
-    child.expect_exact("halfway")
-    child.sendcontrol("c")
-    child.expect_exact(prompt)
-    child.send("Two?\r")
-    child.expect_exact("haaaaaa")
-    child.sendcontrol("c")
-    child.expect_exact("interrupted")
-    child.expect_exact(prompt)
-    child.sendcontrol("d")  # Leaves only from an empty line.
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
-    assert not re.search("Traceback|Error", child.before or "")

@@ -13,7 +13,7 @@ from reference import SETTINGS, forward, published_tensors, write_published
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nope_gpt.errors import MissingError, NopeError
+from nope_gpt.errors import MissingError, NetworkError, NopeError
 from nope_gpt.hub import load
 from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
@@ -227,3 +227,14 @@ def test_a_name_that_is_no_model_says_what_would_be(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="there is no such model") as caught:
         locate(tmp_path / "nothing")
     assert "NoPE-GPT-400M-Chat" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["runs/tunee", "./runs/tun", "deep/runs/tuen"])
+def test_a_model_that_is_not_there_is_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / Path(name).parent / "tune").mkdir(parents=True)
+    with pytest.raises((MissingError, NetworkError)) as caught:
+        locate(name)
+    assert caught.value.hint == f"did you mean {Path(name).parent / 'tune'}?"

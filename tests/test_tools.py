@@ -142,6 +142,13 @@ def test_what_is_no_call_has_its_fault(text: str, fault: str) -> None:
     assert fault in json.loads(carry_out(call, {}))["error"]
 
 
+def test_arguments_may_be_json_within_json(file: Path) -> None:
+    tools = load_tools([str(file)])
+    text = json.dumps({"name": "huge", "arguments": json.dumps({"size": 3})})
+    (call,) = calls_in(f"<tool_call>{text}</tool_call>", tools)
+    assert (str(call), call.fault) == ("huge(size=3)", "")
+
+
 def test_several_calls_are_found_in_order_and_text_around_them_is_none(file: Path) -> None:
     tools = load_tools([str(file)])
     text = (

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from nope_gpt.cli.options import JSON, configured
 from nope_gpt.cli.terminal import result, say
 from nope_gpt.config import ExportConfig
-from nope_gpt.locating import HISTORY
 
 
 @configured(ExportConfig, JSON)
@@ -30,6 +29,7 @@ def command(config: ExportConfig, json: bool) -> None:
     """
     from nope_gpt.export.card import can_draw
     from nope_gpt.export.exporting import export
+    from nope_gpt.locating import HISTORY
 
     if config.model:
         say(f"loading {config.model}")

@@ -226,6 +226,9 @@ def parameter_of(config_type: type, field: dataclasses.Field[Any]) -> inspect.Pa
     shown = field.metadata["shown_default"] or (kind is not bool and str(field.default))
     if kind == TEXTS:
         kind, shown = list[str], "none"
+    flag = flag_of(field)
+    if kind is bool:  # What a file or a preset has turned on, can be turned off.
+        flag = f"{flag}/--no-{flag[2:]}"
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -233,7 +236,7 @@ def parameter_of(config_type: type, field: dataclasses.Field[Any]) -> inspect.Pa
         annotation=Annotated[
             kind | None,
             typer.Option(
-                flag_of(field),
+                flag,
                 help=field.metadata["help"],
                 rich_help_panel=field.metadata["panel"],
                 show_default=shown,

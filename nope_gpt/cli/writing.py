@@ -20,17 +20,30 @@ COLOR_SYSTEMS = {
 
 
 def write_stream(pieces: Iterable[Piece], colorize: bool) -> str:
-    """Print pieces as they come, every character as it is; returns the whole text."""
+    """Print pieces as they come; returns the whole text.
+
+    Every character is printed as it is, but on a terminal none that would steer it.
+    """
     console = Console()
     can_color = colorize and not console.no_color
     colors = COLOR_SYSTEMS.get(console.color_system or "") if can_color else None
+    steers = sys.stdout.isatty()
     text = ""
     for piece in pieces:
         text += piece.text
+        shown = harmless(piece.text) if steers else piece.text
         style = color_of(piece.probability)
-        sys.stdout.write(style.render(piece.text, color_system=colors) if colors else piece.text)
+        sys.stdout.write(style.render(shown, color_system=colors) if colors else shown)
         sys.stdout.flush()
     return text
+
+
+STEERING = dict.fromkeys((*range(32), *range(127, 160)), "�")
+
+
+def harmless(text: str) -> str:
+    """A text in which nothing steers a terminal but new lines and tabs."""
+    return text.translate({key: value for key, value in STEERING.items() if key not in (9, 10)})
 
 
 def color_of(probability: float) -> Style:

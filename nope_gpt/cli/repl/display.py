@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.text import Text
 
-from nope_gpt.cli.writing import write_stream
+from nope_gpt.cli.writing import harmless, write_stream
 from nope_gpt.streaming import Piece
 
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
@@ -58,7 +58,7 @@ class Blocks:
 
     def tail(self, size: int) -> str:
         """The end of the block that has begun, on a line."""
-        text = " ".join([*self.block[-2:], self.text])
+        text = " ".join([*self.block[-2:], self.text]).strip()
         return text if len(text) <= size else f"…{text[1 - size :]}"
 
     def rest(self) -> Iterator[str]:
@@ -81,7 +81,7 @@ def show(pieces: Iterable[Piece], *, markdown: bool, colorize: bool) -> None:
     with console.status("", spinner="dots") as status:
         try:
             for piece in pieces:
-                for block in blocks.add(piece.text):
+                for block in blocks.add(harmless(piece.text)):
                     show_block(console, block, is_first)
                     is_first = False
                 status.update(Text(blocks.tail(console.width - 4), style="dim"))
