@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -231,3 +232,28 @@ def test_a_piped_message_that_cannot_be_answered_ends_the_conversation(
     assert out == "ok\n"
     assert "error: " in err
     assert says in err
+
+
+def test_piped_answers_as_objects(
+    nope: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
+    saved(speaker("ok é"), tmp_path / "m")
+    done = nope("chat", "--model=m", "--json", "--tools=examples", stdin="Hi.\n\nAnd bye.\n")
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert (first["reply"], second["reply"]) == ("ok é", "ok é")
+    assert first["messages"] == [said("user", "Hi."), said("assistant", "ok é")]
+    assert second["statistics"]["reason"] == "stop"
+    assert second["statistics"]["reused_tokens"] > 0
+
+
+def test_a_base_model_says_that_it_continues(
+    nope: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
+    model = speaker("ok")
+    model.resize_token_embeddings(257)
+    saved(model, tmp_path / "m")
+    done = nope("chat", "--model=m", "--max-tokens=2", "--seed=0", stdin="Once\n")
+    assert done.returncode == 0, done.stderr
+    assert "note: this is a base model, which was never taught to take turns" in done.stderr
+    assert len(done.stdout.splitlines()) >= 1

@@ -747,3 +747,16 @@ def test_a_checkpoint_that_asks_for_code_to_be_run_is_refused(zipped: bool, call
     assert not Path("exports").exists()
     torch.load("evil.pt", weights_only=False)
     assert Path("taken").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "before"),
+    [("tune", "packing", "packing = false"), ("tune", "full", "full = true")],
+)
+def test_every_switch_can_be_turned_on_and_off_again(
+    command: str, flag: str, before: str, call: Call
+) -> None:
+    Path("a.toml").write_text(before)
+    for form in (f"--{flag}", f"--no-{flag}", f"--no_{flag}"):
+        done = call(command, "--config", "a.toml", form)
+        assert done.stderr.startswith("error: there is no base model to tune"), done.stderr
