@@ -403,7 +403,16 @@ def test_editing_asks_the_last_question_otherwise(
     told(talk, capsys, "One?", "Two?", "/edit Three?")
     assert [m["content"] for m in talk.session.messages] == ["One?", "ok", "Three?", "ok"]
     told(talk, capsys, "/edit")
-    assert (talk.take_draft(), talk.take_draft()) == ("Three?", "")
+    assert talk.take_draft() == "Three?"
+    assert len(talk.session.messages) == 4, "nothing is lost before it is sent"
+    told(talk, capsys, "Four?")
+    assert [m["content"] for m in talk.session.messages] == ["One?", "ok", "Four?", "ok"]
+    told(talk, capsys, "/edit")
+    assert (talk.take_draft(), talk.take_draft()) == ("Four?", "")
+    told(talk, capsys, "Five?")
+    assert len(talk.session.messages) == 6, "a line that was cleared replaces nothing"
+    assert "must be a number of turns" in told(talk, capsys, "/undo x")[1]
+    told(talk, capsys, "/undo")
     told(talk, capsys, "/undo 2")
     assert talk.session.messages == []
     assert "nothing was asked yet" in told(talk, capsys, "/undo 9")[1]

@@ -125,7 +125,8 @@ def do_set(talk: Conversation, text: str) -> None:
         talk.change(**setting(name, value))
     config = talk.session.config.as_dict()
     for name in SETTABLE:
-        say(f"  {name.replace('_', '-'):<20} {config[name]}", style="dim")
+        value = "none" if config[name] in (None, ()) else config[name]
+        say(f"  {name.replace('_', '-'):<20} {value}", style="dim")
 
 
 def setting(name: str, value: str) -> dict[str, Any]:
@@ -168,20 +169,21 @@ def do_retry(talk: Conversation, text: str) -> None:
 @command("[TEXT]")
 def do_edit(talk: Conversation, text: str) -> None:
     """Ask the last question in other words, given now or typed over the old ones."""
-    question = talk.session.undo()
+    place = talk.session.last_question()
     if text:
+        talk.session.undo()
         talk.ask(text)
     else:
-        talk.draft = question
+        talk.draft = talk.session.messages[place]["content"]
 
 
 @command("[N]")
 def do_undo(talk: Conversation, text: str) -> None:
     """Forget the last question and its answer, or the last N of them."""
-    count = int(text) if text.isdecimal() else 1
-    for _ in range(count):
+    if text and not (text.isdecimal() and int(text)):
+        raise UsageError(f"/undo is {text!r}, and must be a number of turns")
+    for _ in range(int(text or 1)):
         question = talk.session.undo()
-    if count:
         say(f"forgotten: {shortened(question)}", style="dim")
 
 

@@ -30,6 +30,7 @@ class Conversation:
 
     Attributes:
         draft: What stands in the next line already.
+        is_editing: Whether the line is the last question, to be replaced if it is sent.
         told: Notices that were given, each once.
     """
 
@@ -41,6 +42,7 @@ class Conversation:
         self.markdown = config.markdown
         self.show_statistics = True
         self.draft = ""
+        self.is_editing = False
         self.told: set[str] = set()
 
     def run(self) -> None:
@@ -70,18 +72,22 @@ class Conversation:
         return None if self.opening.done() else " the model is being loaded; type on"
 
     def take_draft(self) -> str:
-        """What is to stand in the next line, once."""
+        """What is to stand in the next line, once; what is sent from there replaces a question."""
         draft, self.draft = self.draft, ""
+        self.is_editing = bool(draft)
         return draft
 
     def attend(self, text: str) -> None:
         """Do what a line says, or answer it; what cannot be done is told."""
         if not text.strip():
             return
+        replaces, self.is_editing = self.is_editing, False
         try:
             if text.startswith("/") and not text.startswith("//"):
                 commands.run(self, text)
             else:
+                if replaces:
+                    self.session.undo()
                 self.ask(text.removeprefix("/") if text.startswith("//") else text)
         except NopeError as error:
             say(str(error), style="red")
