@@ -47,7 +47,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path / "s")}
             | environment,
             encoding="utf-8",
-            timeout=20,
+            timeout=60,
             dimensions=size,
             # A shell starts what runs in the background with interrupts ignored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
