@@ -90,7 +90,7 @@ ENDLESS = ("--max-tokens=1000000", "--temperature=1", "--repeat-penalty=0")
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(start: Start, tmp_path: Path) -> None:
     child = start(*ENDLESS, "--context-length=200", model=speaker("ha", stops=False))
     ask(child, "One?")
-    child.expect_exact("haaaaaa")
+    child.expect_exact("aaaaaa")  # Its beginning may be gone from the line already.
     child.sendcontrol("c")
     child.expect(r"\d+ tokens · .* tok/s · .* · interrupted")
     ask(child, "x" * 200)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 from nope_gpt.chat import LONGEST_CHAIN, NOT_ALLOWED, ChatSession, rounds
 from nope_gpt.cli.repl import commands
@@ -91,6 +93,8 @@ class Conversation:
                 self.ask(text.removeprefix("/") if text.startswith("//") else text)
         except NopeError as error:
             say(str(error), style="red")
+        except KeyboardInterrupt:
+            say("interrupted", style="dim")
 
     def ask(self, text: str) -> None:
         """Answer a message, calls of tools included."""
@@ -109,7 +113,8 @@ class Conversation:
         config = self.session.config
         finished = True
         try:
-            show(pieces, markdown=self.markdown, colorize=config.colorize_tokens)
+            with Interruptible(pieces) as stream:
+                show(stream, markdown=self.markdown, colorize=config.colorize_tokens)
         except KeyboardInterrupt:
             finished = False
             close(pieces)
@@ -180,6 +185,47 @@ class Conversation:
         config = self.session.config.as_dict()
         params = {name: config[name] for name in commands.SETTABLE}
         return {"model": config["model"], "params": params, "seed": config["seed"]}
+
+
+class Interruptible:
+    """A stream that Ctrl-C ends between two pieces, or while the model computes one.
+
+    The interrupt is raised here and nowhere else: in the middle of what draws on the terminal, or
+    where Python ignores what is raised, it would be lost or leave a lock behind.
+
+    Args:
+        pieces: The stream.
+    """
+
+    def __init__(self, pieces: Iterator[Piece]) -> None:
+        self.pieces = pieces
+        self.is_wanted = False
+        self.is_computing = False
+
+    def __enter__(self) -> Self:
+        self.before = signal.signal(signal.SIGINT, self.interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        if self.is_wanted:
+            raise KeyboardInterrupt
+        self.is_computing = True
+        try:
+            return next(self.pieces)
+        finally:
+            self.is_computing = False
+
+    def interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        """Note that the user wants it to end, and end it if nothing but the model is at work."""
+        self.is_wanted = True
+        if self.is_computing:
+            raise KeyboardInterrupt
 
 
 def close(pieces: Iterator[Piece]) -> None:
