@@ -218,18 +218,23 @@ def test_commands_are_completed(start: Start) -> None:
     leave(child)
 
 
-def test_a_tool_is_run_after_a_yes(start: Start, tmp_path: Path) -> None:
-    call = '<tool_call>{"name": "clock"}</tool_call>'
-    assert len(set(call)) < len(call)  # No speaker says a letter twice, so it is loaded.
-    row = {
-        "messages": [{"role": "user", "content": "Time?"}, {"role": "assistant", "content": call}]
-    }
-    (tmp_path / "t.jsonl").write_text(json.dumps(row))
-    child = start("--tools=examples")
-    ask(child, "/load t.jsonl")
-    ask(child, "/tools")
-    child.expect_exact("calculate")
-    child.expect_exact("clock")
+def test_a_tool_is_run_after_a_yes_and_the_model_goes_on(start: Start, tmp_path: Path) -> None:
+    arguments = {"expression": "6*7"}
+    call = f"<tool_call>{json.dumps({'name': 'calculate', 'arguments': arguments})}</tool_call>"
+    turns = [{"role": "user", "content": "6*7?"}, {"role": "assistant", "content": call}]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": turns}))
+    child = start("--tools=examples", "--max-tokens=1", "--temperature=0")
+    for answer, result in (("y", '{"result": 42}'), ("n", "did not allow")):
+        ask(child, "/load t.jsonl")
+        ask(child, "/continue")
+        child.expect_exact("tool: calculate(expression='6*7')")
+        child.expect_exact("run it? [y/N]")
+        child.send(f"{answer}\r")
+        child.expect_exact("length")
+        messages = transcript(child, tmp_path / f"{answer}.jsonl")
+        assert [m["role"] for m in messages] == ["user", "assistant", "tool", "assistant"]
+        assert result in messages[2]["content"]
+        assert messages[3]["content"] == "o"
     leave(child)
 
 
