@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,10 @@ def published_names(num_layers: int) -> dict[str, str]:
     return names
 
 
+Tell = Callable[[float], None]
+"""What hears which share of the weights has been read."""
+
+
 @dataclass(frozen=True)
 class SavedModel:
     """A model as it lies on disk, in the names it has in memory."""
@@ -81,7 +86,7 @@ class SavedModel:
     trained_context_length: int | None
 
 
-def load(path: Path) -> SavedModel:
+def load(path: Path, tell: Tell = lambda _: None) -> SavedModel:
     """Load a model directory of any generation of names.
 
     The vocabulary is the number of rows of the embedding: the published chat model's
@@ -95,11 +100,11 @@ def load(path: Path) -> SavedModel:
         layout = str(settings["model_type"])
         settings = transformers_layout.own_settings(settings, str(path))
         state = transformers_layout.from_layout(
-            read_weights(path), layout, settings["num_decoder_layers"], str(path)
+            read_weights(path, tell), layout, settings["num_decoder_layers"], str(path)
         )
     else:
         settings = rename_settings(settings, str(path / CONFIG))
-        state = translate(read_weights(path), str(path))
+        state = translate(read_weights(path, tell), str(path))
     return assemble(settings, state, str(path))
 
 
@@ -164,9 +169,23 @@ def weight_files(path: Path) -> list[Path]:
         raise NopeError(f"{INDEX} cannot be read ({reason})", where=str(path)) from None
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a model's directory, with the names that they have there."""
-    return {name: x for file in weight_files(path) for name, x in read_tensors(file).items()}
+def read_weights(path: Path, tell: Tell = lambda _: None) -> dict[str, Tensor]:
+    """Read all tensors of a model's directory, with the names that they have there.
+
+    Args:
+        path: The directory.
+        tell: Told after each tensor which share of the bytes has been read.
+    """
+    files = weight_files(path)
+    total = sum(file.stat().st_size for file in files if file.is_file()) or 1
+    tensors: dict[str, Tensor] = {}
+    read = 0
+    for file in files:
+        for name, tensor in read_tensors(file):
+            tensors[name] = tensor
+            read += tensor.nbytes
+            tell(min(read / total, 1.0))
+    return tensors
 
 
 def digest(path: Path) -> str:
@@ -177,11 +196,12 @@ def digest(path: Path) -> str:
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Read a safetensors file; nothing in it is ever executed."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise NopeError(
             f"this is not a whole safetensors file: {error}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_chat import FORGED, TOKENIZER, said, say, session, speaker
 
-from nope_gpt import transcripts
+from nope_gpt import hub, transcripts
 from nope_gpt.chat import ChatSession, Completion, rounds, session_of, turns
 from nope_gpt.cli.repl import commands
 from nope_gpt.cli.repl.conversation import Conversation
@@ -321,7 +322,7 @@ def test_a_history_that_cannot_be_kept_is_told(
 def talk() -> Conversation:
     """A conversation with a model that says ok."""
     config = ChatConfig(model="m", markdown=False)
-    return Conversation(config, lambda config: ChatSession(speaker("ok"), TOKENIZER, config))
+    return Conversation(config, lambda config, _: ChatSession(speaker("ok"), TOKENIZER, config))
 
 
 def told(talk: Conversation, capsys: pytest.CaptureFixture[str], *lines: str) -> tuple[str, str]:
@@ -486,7 +487,7 @@ def test_a_tool_is_shown_and_run_only_if_the_user_agrees(
 def test_a_model_that_cannot_be_loaded_is_told_when_it_is_needed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def opener(_: ChatConfig) -> ChatSession:
+    def opener(_config: ChatConfig, _tell: object) -> ChatSession:
         raise MissingError("there is no such model")
 
     broken = Conversation(ChatConfig(model="gone"), opener)
@@ -501,3 +502,28 @@ def test_memory_stays_flat_over_two_hundred_turns() -> None:
         assert chat.cache
         sizes.append(chat.cache.num_allocated)
     assert len(set(sizes[20:])) == 1
+
+
+def test_loading_is_a_bar_below_the_prompt() -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def opener(config: ChatConfig, tell: Any) -> ChatSession:
+        tell(0.5)
+        begun.set()
+        end.wait(30)
+        return ChatSession(speaker("ok"), TOKENIZER, config)
+
+    talk = Conversation(ChatConfig(), opener)
+    begun.wait(30)
+    assert talk.toolbar() == f" loading {'█' * 12}{'░' * 12} 50%, type on"
+    end.set()
+    assert talk.session
+    assert talk.toolbar() is None
+
+
+def test_loading_tells_every_share_up_to_all_of_it(tmp_path: Path) -> None:
+    speaker("ok").save_pretrained(tmp_path)
+    shares: list[float] = []
+    hub.load(tmp_path, shares.append)
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 0.9 < shares[-1] <= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsons
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from nope_gpt.cli.options import JSON, configured
@@ -50,7 +50,7 @@ def command(config: ChatConfig, json: bool) -> None:
         answer_lines(opened(config), json)
 
 
-def opened(config: ChatConfig) -> ChatSession:
+def opened(config: ChatConfig, tell: Callable[[float], None] = lambda _: None) -> ChatSession:
     """A session with the model that is named.
 
     Raises:
@@ -61,7 +61,7 @@ def opened(config: ChatConfig) -> ChatSession:
     from nope_gpt.tokenization import ChatTokenizer
     from nope_gpt.tools import load_tools
 
-    model, tokenizer = load_model(find_model(config, "chat"), config)
+    model, tokenizer = load_model(find_model(config, "chat"), config, tell)
     if not isinstance(tokenizer, ChatTokenizer):
         say(
             "note: this is a base model, which was never taught to take turns: it continues what "

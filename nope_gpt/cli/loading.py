@@ -12,6 +12,7 @@ from nope_gpt.cli.terminal import say, waiting
 from nope_gpt.config import GenerateConfig, SamplingConfig
 from nope_gpt.device import draw_seed, has_bfloat16, resolve_device, seed_of
 from nope_gpt.errors import UsageError
+from nope_gpt.hub import Tell
 from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer, tokenizer_of
@@ -51,15 +52,17 @@ def find_model(config: SamplingConfig, command: str) -> Path:
     return locate(config.model, partial(say, style="yellow"))
 
 
-def load_model(directory: Path, config: SamplingConfig) -> tuple[NoPEGPT, BaseTokenizer]:
-    """Load a model and its tokenizer, adapters folded in, without a word.
+def load_model(
+    directory: Path, config: SamplingConfig, tell: Tell = lambda _: None
+) -> tuple[NoPEGPT, BaseTokenizer]:
+    """Load a model and its tokenizer, adapters folded in, without a word on the terminal.
 
     Raises:
         NopeError: Files are damaged, or there is no such adapter or device.
     """
     device = resolve_device(config.device)
     chosen = [adapters.place_of(name) for name in config.adapter]
-    saved = adapters.folded(hub.load(directory), directory, chosen)
+    saved = adapters.folded(hub.load(directory, tell), directory, chosen)
     model = in_dtype(NoPEGPT.from_saved(saved), config.dtype, device).to(device)
     return model, tokenizer_of(BaseTokenizer.load(directory), model.vocabulary_size)
 

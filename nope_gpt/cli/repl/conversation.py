@@ -20,7 +20,10 @@ from nope_gpt.memory import Message
 from nope_gpt.streaming import Piece
 from nope_gpt.tools import Call, carry_out
 
-Opener = Callable[[ChatConfig], ChatSession]
+BAR = 24
+"""Cells of the bar while the model is loaded."""
+
+Opener = Callable[[ChatConfig, Callable[[float], None]], ChatSession]
 
 
 class Conversation:
@@ -39,7 +42,8 @@ class Conversation:
     def __init__(self, config: ChatConfig, opener: Opener) -> None:
         self.opener = opener
         self.pool = ThreadPoolExecutor(1, "loading")
-        self.opening: Future[ChatSession] = self.pool.submit(opener, config)
+        self.share_loaded = 0.0
+        self.opening: Future[ChatSession] = self.pool.submit(opener, config, self.loaded)
         self.keep_history = config.history
         self.markdown = config.markdown
         self.show_statistics = True
@@ -71,7 +75,14 @@ class Conversation:
 
     def toolbar(self) -> str | None:
         """What is going on behind the prompt."""
-        return None if self.opening.done() else " the model is being loaded; type on"
+        if self.opening.done():
+            return None
+        filled = round(BAR * self.share_loaded)
+        return f" loading {'█' * filled}{'░' * (BAR - filled)} {self.share_loaded:.0%}, type on"
+
+    def loaded(self, share: float) -> None:
+        """Note which share of the weights has been read."""
+        self.share_loaded = share
 
     def take_draft(self) -> str:
         """What is to stand in the next line, once; what is sent from there replaces a question."""
@@ -169,7 +180,7 @@ class Conversation:
         """Go on with another model, and what was said."""
         before = self.session
         with waiting(f"loading {config.model}"):
-            session = self.opener(config)
+            session = self.opener(config, self.loaded)
         session.messages = before.messages
         self.opening = Future()
         self.opening.set_result(session)

@@ -93,6 +93,7 @@ class Keyboard:
             complete_while_typing=False,
             prompt_continuation=lambda *_: "… ",
             bottom_toolbar=lambda: toolbar() or None,
+            refresh_interval=0.2,
         )
 
     def messages(self, first: Callable[[], str]) -> Iterable[str]:
