@@ -378,7 +378,7 @@ error: there is no such file
   where: gone.pt
 
 $ nope export --model old.pt  [1]
-error: this checkpoint is damaged: …
+error: this checkpoint is damaged, or is none (EOFError)
   where: old.pt
 
 $ nope export --model plain  [3]

@@ -50,7 +50,7 @@ class Export:
     Attributes:
         format: Of it.
         path: Its directory.
-        reports: How it compares with the source, by each of its readers; none if it was there.
+        reports: How it compares with the source, by each of its readers.
         url: Of the commit on the Hub, if it was uploaded.
     """
 

@@ -40,10 +40,10 @@ def read_checkpoint(path: Path) -> tuple[SavedModel, BaseTokenizer]:
     except OSError as error:
         raise NopeError(f"this file cannot be read: {error.strerror}", where=where) from None
     except Exception as error:  # What is no pickle can fail in any way.
-        asks = "Unsupported" in str(error) or "weights_only" in str(error)
-        reason = str(error).partition(". ")[0].splitlines()[0] if str(error) else "it is empty"
-        what = "cannot be read without running code from it" if asks else "is damaged"
-        raise NopeError(f"this checkpoint {what}: {reason}", where=where) from None
+        asks = re.search(r"Unsupported (?:global|class)[^\n]*", str(error))
+        what = f"cannot be read without running code from it: {asks[0]}" if asks else "is damaged"
+        reason = "" if asks else f", or is none ({type(error).__name__})"
+        raise NopeError(f"this checkpoint {what}{reason}", where=where) from None
     if not isinstance(record, dict) or not {"model", "model_args"} <= record.keys():
         raise NopeError("this is not a checkpoint of the training scripts", where=where)
     try:
