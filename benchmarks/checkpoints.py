@@ -23,7 +23,7 @@ from train import SHAPES, hardware, now, ours
 from nope_gpt import hub
 from nope_gpt.config import PretrainConfig
 from nope_gpt.device import autocast
-from nope_gpt.sizing import format_bytes
+from nope_gpt.sizing.units import format_bytes
 from nope_gpt.training import state
 from nope_gpt.training.checkpoints import Progress, Saver, Snapshot
 from nope_gpt.training.optimization import make_optimizers

@@ -28,7 +28,7 @@ from train import hardware
 from nope_gpt.config import ExportConfig
 from nope_gpt.export.exporting import export
 from nope_gpt.model import NoPEGPT
-from nope_gpt.sizing import format_bytes
+from nope_gpt.sizing.units import format_bytes
 from nope_gpt.tokenization import BaseTokenizer
 
 CHAT_400M = (50261, 1280, 20, 5, 20, 4)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from nope_gpt.batching import Request, answers
 from nope_gpt.config import GenerateConfig, TuneConfig
@@ -34,7 +35,9 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=100)
     options = parser.parse_args()
     record = json.loads((options.run / "run.json").read_text(encoding="utf-8"))
-    task = Tuning.of(TuneConfig(**known_fields(TuneConfig, record["config"], "run.json")))
+    task = Tuning.of(
+        TuneConfig(**known_fields(TuneConfig, record["config"], "run.json")), torch.device("cpu")
+    )
     calls = list(calls_in(task))[: options.calls]
     print(f"{len(calls)} calls of {len(task.batches.held_out)} held-out conversations\n")
     print("| model | calls a tool in valid JSON | the right tool |\n|---|---|---|")

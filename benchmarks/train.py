@@ -35,10 +35,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nope_gpt import sizing, transformers_layout
+from nope_gpt import transformers_layout
 from nope_gpt.config import ModelConfig, PretrainConfig
 from nope_gpt.device import autocast, reuse_freed_memory
 from nope_gpt.model import NoPEGPT
+from nope_gpt.sizing.arithmetic import count_parameters, training_flops_per_token
+from nope_gpt.sizing.units import format_bytes
 from nope_gpt.training.compilation import obstacle
 from nope_gpt.training.optimization import make_optimizers
 
@@ -355,14 +357,14 @@ def refuse_other_networks(workers: dict[str, Worker]) -> None:
 def table(shape: dict[str, int], found: dict[str, Any]) -> str:
     """The figures as markdown."""
     config = model_config(shape)
-    flops = sizing.training_flops_per_token(config, shape["T"], causal=False)
+    flops = training_flops_per_token(config, shape["T"], causal=False)
     tokens, rate, peaks = shape["B"] * shape["T"], found["product_rates"][0], found["peak_memory"]
     peer, plain = "transformers, bfloat16", "nanoGPT-class"
     rates = " in bfloat16, ".join(f"{each / 1e9:,.0f} GFLOP/s" for each in found["product_rates"])
     last = "float32" if len(found["product_rates"]) > 1 else "bfloat16"
     lines = [
         f"Bare products: {rates} in {last}. {flops / 1e6:.1f} MFLOPs for each token of "
-        f"{sizing.count_parameters(config).total:,} parameters (PaLM convention).",
+        f"{count_parameters(config).total:,} parameters (PaLM convention).",
         "",
         "| way | tok/s | GFLOP/s | of bf16 products | beside transformers bf16 | "
         "beside nanoGPT-class | peak memory | beside transformers bf16 | first step |",
@@ -373,7 +375,7 @@ def table(shape: dict[str, int], found: dict[str, Any]) -> str:
         beside = [found["seconds"].get(each, float("nan")) / seconds for each in (peer, plain)]
         lines.append(
             f"| {way} | {speed:,.0f} | {speed * flops / 1e9:,.0f} | {speed * flops / rate:.0%} | "
-            f"{beside[0]:.2f} | {beside[1]:.2f} | {sizing.format_bytes(peaks[way])} | "
+            f"{beside[0]:.2f} | {beside[1]:.2f} | {format_bytes(peaks[way])} | "
             f"{peaks[way] / peaks.get(peer, float('nan')):.2f} | {found['first_step'][way]:.1f} s |"
         )
     return "\n".join(lines)

@@ -49,7 +49,7 @@ from nope_gpt.data.chats import Sample, end_to_end, padded
 from nope_gpt.data.prepare import prepare
 from nope_gpt.lora import LoRALinear
 from nope_gpt.model import NoPEGPT
-from nope_gpt.sizing import format_bytes
+from nope_gpt.sizing.units import format_bytes
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.reporting import Listener, StepReport
 from nope_gpt.training.tuning import Tuning, tune
@@ -295,7 +295,7 @@ def serve(name: str, config: TuneConfig, count: int) -> None:
     # Libraries print what they like; the answers go where stdout was.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    tuning = Tuning.of(config)
+    tuning = Tuning.of(config, torch.device("cpu"))
     way, batches = WAYS[name](tuning), held_out(tuning, count)
     del tuning
     turns = Turns(answers)
@@ -434,7 +434,7 @@ def main() -> None:
         return
     os.environ["HF_HUB_OFFLINE"] = "1"  # Or TRL tells its makers.
     with tempfile.TemporaryDirectory() as work:
-        tuning = Tuning.of(prepared(options, Path(work)))
+        tuning = Tuning.of(prepared(options, Path(work)), torch.device("cpu"))
         wanted, whole = tuning.num_steps, tuning.batches.num_samples // options.batch_size
         if wanted > whole:
             raise SystemExit(f"these are {wanted} steps, and the data is for {whole} in one pass")

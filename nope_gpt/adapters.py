@@ -21,8 +21,9 @@ from torch import Tensor
 from nope_gpt import hub, lora
 from nope_gpt.artifacts import DAMAGE, write_json, write_tensors
 from nope_gpt.errors import MissingError, NopeError, UsageError
-from nope_gpt.hub import TIED, SavedModel
+from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
+from nope_gpt.published_layout import TIED
 from nope_gpt.transformers_layout import MATRICES
 
 SETTINGS = "adapter_config.json"
@@ -188,7 +189,7 @@ def folded(model: SavedModel, directory: Path, adapters: Sequence[Path]) -> Save
             )
         known.append(adapter.makes_sha256)
         model = with_adapter(model, adapter)
-    return model
+    return replace(model, first_token=None, sharpenings={}) if adapters else model
 
 
 def with_adapter(model: SavedModel, adapter: Adapter) -> SavedModel:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from safetensors import SafetensorError
 
 from nope_gpt.errors import CapacityError, MissingError, NopeError, UsageError
-from nope_gpt.sizing import format_bytes
+from nope_gpt.sizing.units import format_bytes
 
 if TYPE_CHECKING:
     import numpy as np

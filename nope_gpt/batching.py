@@ -127,7 +127,7 @@ def answers(
         CapacityError: The memory is too small for so many contexts.
     """
     prompts = [
-        within_context(checked(request.prompt, model.vocabulary_size), sampling)
+        within_context(checked(request.prompt, model.vocabulary_size), sampling, model.first_token)
         for request in requests
     ]
     if not prompts:

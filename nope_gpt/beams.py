@@ -58,7 +58,7 @@ def beam_search(
     Returns:
         The best first.
     """
-    kept = within_context(checked(prompt, model.vocabulary_size), sampling)
+    kept = within_context(checked(prompt, model.vocabulary_size), sampling, model.first_token)
     cache = cache_for(model, len(kept), sampling, num_beams)
     logits = model.predict(torch.tensor([kept], device=model.device), cache, [0])
     live: list[tuple[list[int], float]] = [([], 0.0)]

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from nope_gpt.attention import Documents, causal_attention
 from nope_gpt.caching import Reading
 from nope_gpt.config import ModelConfig
+from nope_gpt.rotary import turned
+from nope_gpt.sharpening import Growth
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values of new tokens to the heads' outputs, as `Reading.attend` has them."""
@@ -46,6 +48,21 @@ class Decoder(nn.Module):
         count = len(self.recomputed)
         self.recomputed = [int((i + 1) * fraction) > int(i * fraction) for i in range(count)]
 
+    def set_rotary(self, rotary: bool) -> None:
+        """Turn queries and keys by their position, or no longer; in training alone."""
+        for layer in self.layers:
+            layer.attention.rotary = rotary
+
+    @property
+    def growth(self) -> Growth | None:
+        """What the scores of attention grow by, the same in every layer."""
+        return next(iter(self.layers)).attention.growth
+
+    def set_growth(self, growth: Growth | None) -> None:
+        """Let the scores of attention grow with the keys that a token sees, or no longer."""
+        for layer in self.layers:
+            layer.attention.growth = growth
+
     def compile_blocks(self) -> None:
         """Fuse what each block does between its matrix products; all share one compilation."""
         for layer in self.layers:
@@ -62,17 +79,27 @@ class Decoder(nn.Module):
         documents: Documents | None = None,
         *,
         reading: Reading | None = None,
+        seen: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """[B, T, C] to [B, T, C], for training or into a cache."""
+        """[B, T, C] to [B, T, C], for training or into a cache.
+
+        Args:
+            hidden: Embeddings.
+            documents: Which tokens belong together.
+            reading: Into which cache, where that is so.
+            seen: Takes what the blocks that it has numbers of make of them.
+        """
         if reading:
             for index, layer in enumerate(self.layers):
                 hidden = layer(hidden, attend=partial(reading.attend, index))
             return hidden
-        for layer, recompute in zip(self.layers, self.recomputed, strict=True):
-            if recompute and self.training:
+        for index, layer in enumerate(self.layers):
+            if self.recomputed[index] and self.training:
                 hidden = checkpoint(layer, hidden, documents, use_reentrant=False)
             else:
                 hidden = layer(hidden, documents)
+            if seen and index in seen:
+                seen[index] = hidden
         return hidden
 
 
@@ -105,6 +132,8 @@ class SelfAttention(nn.Module):
         size, kv_size = config.embedding_dimensions, config.kv_dimensions
         self.head_dimensions = config.head_dimensions
         self.dropout = config.dropout
+        self.rotary = False
+        self.growth: Growth | None = None
         self.q_proj = nn.Linear(size, size, bias=False)
         self.k_proj = nn.Linear(size, kv_size, bias=False)
         self.v_proj = nn.Linear(size, kv_size, bias=False)
@@ -112,9 +141,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents | None, attend: Attend | None) -> Tensor:
         q, k, v = (self.heads(part) for part in self.projections(x))  # [B, H or G, T, D]
+        if self.rotary:
+            q, k = turned(q), turned(k)
         if attend:
             out = attend(q, k, v)
         else:
+            if self.growth:
+                num_keys = torch.arange(1, q.size(2) + 1, device=q.device)
+                q = q * self.growth.factors(num_keys)[:, None].type_as(q)
             out = causal_attention(q, k, v, documents, self.dropout if self.training else 0.0)
         return self.out_proj(out)  # type: ignore[no-any-return]
 

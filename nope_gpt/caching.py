@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from nope_gpt.attention import causal_attention
 from nope_gpt.config import ModelConfig
+from nope_gpt.sharpening import Growth
 
 P = TypeVar("P", int, Tensor)
 
@@ -49,6 +50,7 @@ class KVCache:
         batch_size: B.
         pinned: First tokens of a row that are never overwritten, fewer than the capacity.
         dtype, device: Those of the model.
+        growth: Of the scores, where the model has one.
         reader: How few tokens are read, chosen once for all that the cache will hold, so that
             a seeded stream does not change its arithmetic on the way.
 
@@ -66,11 +68,13 @@ class KVCache:
         pinned: int = 0,
         dtype: torch.dtype,
         device: torch.device,
+        growth: Growth | None = None,
         reader: Reader | None = None,
     ) -> None:
         assert 0 <= pinned < capacity
         self.capacity = capacity
         self.pinned = pinned
+        self.growth = growth
         self.reader = reader
         shape = (config.num_decoder_layers, 2, batch_size, config.num_kv_heads)
         size = min(capacity, BLOCK)
@@ -194,6 +198,11 @@ class Reading:
         self.seen = slice(None) if is_all else self.rows
         self.mask: Tensor | None = None
         self.start, self.num_visible = lengths[0], min(max(lengths) + num_new, cache.capacity)
+        self.factors: Tensor | None = None
+        if cache.growth:
+            places = [range(length + 1, length + num_new + 1) for length in lengths]
+            num_keys = torch.tensor(places, device=device).clamp(max=cache.capacity)
+            self.factors = cache.growth.factors(num_keys)[:, None, :, None]  # [B, 1, T, 1]
         self.is_one_each = num_new == 1
         self.goes_round = lengths[0] + num_new > cache.capacity
         if self.is_one_each:
@@ -217,6 +226,8 @@ class Reading:
         Returns:
             The heads' outputs side by side [B, T, H * D].
         """
+        if self.factors is not None:
+            q = q * self.factors.type_as(q)
         keys, values = self.memory[layer]
         if self.is_one_each:
             keys[self.rows, :, self.slots] = k[:, :, 0]

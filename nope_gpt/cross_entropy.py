@@ -18,17 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nope_gpt.config.training import LOSS_CHUNK
+
 IGNORED = -100
 """A target that is not trained on."""
 
-CHUNK = 1024
-"""Tokens in a chunk: enough for products at full speed and few sums of the weight's gradient."""
+ROWS = 8192
+"""Of the vocabulary whose gradients are added at a time: enough for products at full speed."""
 
 CACHED_BYTES = {"cpu": 4 << 20}
 """Of logits in float32 that a CPU takes at a time, so that its cache holds them throughout."""
 
 
-def summed_cross_entropy(hidden: Tensor, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor, parts: Sequence[Tensor], targets: Tensor, chunk: int = LOSS_CHUNK
+) -> Tensor:
     """Sum the cross entropies of `softmax(hidden @ cat(parts).T)`.
 
     Args:
@@ -36,18 +40,21 @@ def summed_cross_entropy(hidden: Tensor, parts: Sequence[Tensor], targets: Tenso
         parts: Rows of the vocabulary, V together, each [., C]. The products run in autocast's
             dtype, if it is on, the sums always in float32.
         targets: The right tokens [N], or `IGNORED`.
+        chunk: Tokens whose logits exist at a time.
 
     Returns:
         The sum in nats [], float32.
     """
     hidden = _as_multiplied(hidden)
-    return _applied(SummedCrossEntropy, hidden, parts, targets).sum()
+    return _applied(SummedCrossEntropy, hidden, parts, targets, chunk).sum()
 
 
-def cross_entropies(hidden: Tensor, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
+def cross_entropies(
+    hidden: Tensor, parts: Sequence[Tensor], targets: Tensor, chunk: int = LOSS_CHUNK
+) -> Tensor:
     """The cross entropy of each token, [N] in nats and float32; otherwise as their sum."""
     hidden = _as_multiplied(hidden)
-    return _applied(CrossEntropies, hidden, parts, targets)
+    return _applied(CrossEntropies, hidden, parts, targets, chunk)
 
 
 def _as_multiplied(hidden: Tensor) -> Tensor:
@@ -58,22 +65,24 @@ def _as_multiplied(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _applied(function: Any, hidden: Tensor, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
+def _applied(
+    function: Any, hidden: Tensor, parts: Sequence[Tensor], targets: Tensor, chunk: int
+) -> Tensor:
     """Apply a function, or where no gradients are wanted compute the losses [N]."""
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *parts))
     with torch.autocast(hidden.device.type, enabled=False):
         if needs_gradients:
-            return function.apply(hidden, targets, *parts)  # type: ignore[no-any-return]
-        return _losses(hidden, parts, targets, None)
+            return function.apply(hidden, targets, chunk, *parts)  # type: ignore[no-any-return]
+        return _losses(hidden, parts, targets, chunk, None)
 
 
 class SummedCrossEntropy(torch.autograd.Function):
     """Computes the gradients on the way forward, and scales them on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, chunk: int, *parts: Tensor) -> Tensor:
         gradients = Gradients(ctx.needs_input_grad, hidden, parts)
-        loss = _losses(hidden, parts, targets, gradients).sum()
+        loss = _losses(hidden, parts, targets, chunk, gradients).sum()
         ctx.save_for_backward(gradients.hidden, *gradients.parts)
         return loss
 
@@ -83,30 +92,31 @@ class SummedCrossEntropy(torch.autograd.Function):
             None if gradient is None else gradient * scale.type_as(gradient)
             for gradient in ctx.saved_tensors
         )
-        return d_hidden, None, *d_parts
+        return d_hidden, None, None, *d_parts
 
 
 class CrossEntropies(torch.autograd.Function):
     """Keeps its inputs, and scores them again on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, chunk: int, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, targets, *parts)
-        return _losses(hidden, parts, targets, None)
+        ctx.chunk = chunk
+        return _losses(hidden, parts, targets, chunk, None)
 
     @staticmethod
     def backward(ctx: Any, scales: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets, *parts = ctx.saved_tensors
         gradients = Gradients(ctx.needs_input_grad, hidden, parts, scales)
-        _losses(hidden, parts, targets, gradients)
-        return gradients.hidden, None, *gradients.parts
+        _losses(hidden, parts, targets, ctx.chunk, gradients)
+        return gradients.hidden, None, None, *gradients.parts
 
 
 class Gradients:
     """Where the gradients go that are asked for: [N, C] and one like each part.
 
     Args:
-        needed: For the hidden states, the targets, and each part.
+        needed: For the hidden states, the targets, the chunk, and each part.
         hidden: [N, C].
         parts: Of the vocabulary.
         scales: What each token's loss counts [N], or None for one.
@@ -122,7 +132,7 @@ class Gradients:
         self.hidden = torch.empty_like(hidden) if needed[0] else None
         self.parts = [
             torch.zeros_like(part) if need else None
-            for part, need in zip(parts, needed[2:], strict=True)
+            for part, need in zip(parts, needed[3:], strict=True)
         ]
         self.sizes = [len(part) for part in parts]
         self.scales = scales
@@ -132,27 +142,38 @@ class Gradients:
         if self.hidden is not None:
             self.hidden[chunk] = scores @ vocabulary
         for part, columns in zip(self.parts, torch.split(scores, self.sizes, dim=1), strict=True):
-            if part is not None:
-                part += columns.T @ hidden[chunk]
+            if part is None:
+                continue
+            # Some rows at a time, as the product is another matrix, which a CPU widens, too.
+            for own, some in zip(
+                torch.split(part, ROWS), torch.split(columns, ROWS, dim=1), strict=True
+            ):
+                product = some.T @ hidden[chunk]
+                own += product if own.is_cuda else product.type_as(own)
+                del product
 
 
 def _losses(
-    hidden: Tensor, parts: Sequence[Tensor], targets: Tensor, gradients: Gradients | None
+    hidden: Tensor,
+    parts: Sequence[Tensor],
+    targets: Tensor,
+    size: int,
+    gradients: Gradients | None,
 ) -> Tensor:
     """The loss of each token [N], and the gradients where they are wanted."""
-    pieces = [part.to(hidden.dtype) for part in parts]
-    vocabulary = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    vocabulary = parts[0].to(hidden.dtype) if len(parts) == 1 else _joined(parts, hidden)
     rows = max(CACHED_BYTES.get(hidden.device.type, 1 << 40) // (4 * len(vocabulary)), 1)
     losses = torch.empty(len(hidden), device=hidden.device)
-    for start in range(0, len(hidden), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    for start in range(0, len(hidden), size):
+        chunk = slice(start, start + size)
         scores = hidden[chunk] @ vocabulary.T
         for first in range(0, len(scores), rows):
-            some = slice(start + first, min(start + first + rows, start + CHUNK))
+            some = slice(start + first, min(start + first + rows, start + size))
             scales = gradients.scales[some] if gradients and gradients.scales is not None else None
             losses[some] = _to_gradient(scores[first : first + rows], targets[some], scales)
         if gradients:
             gradients.add(chunk, scores, vocabulary, hidden)
+        del scores  # Before those of the next chunk are there.
     return losses
 
 
@@ -163,8 +184,17 @@ def _to_gradient(scores: Tensor, targets: Tensor, scales: Tensor | None) -> Tens
     """
     kept = (targets != IGNORED).float()
     column = targets.clamp_min(0)[:, None]
-    logs = torch.log_softmax(scores, dim=-1, dtype=torch.float32)
+    # A GPU widens them as it reads; so does no CPU.
+    wide = scores if scores.is_cuda else scores.float()
+    logs = torch.log_softmax(wide, dim=-1, dtype=torch.float32)
     losses = logs.gather(1, column)[:, 0].mul(kept).neg()
     gradient = logs.exp_().scatter_add_(1, column, logs.new_full(column.shape, -1.0))
     scores.copy_(gradient.mul_((kept if scales is None else kept * scales)[:, None]))
     return losses
+
+
+@torch.no_grad()
+def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The rows of all parts in one matrix of another's dtype."""
+    size = sum(len(part) for part in parts)
+    return torch.cat(list(parts), out=like.new_empty(size, like.size(1)))

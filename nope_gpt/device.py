@@ -19,7 +19,7 @@ import torch
 
 from nope_gpt.errors import CapacityError, UsageError
 from nope_gpt.hardware import dense_bfloat16_peak
-from nope_gpt.sizing import format_bytes
+from nope_gpt.sizing.units import format_bytes
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of mallopt(3)."""
@@ -173,6 +173,22 @@ def memory_in_use(device: torch.device) -> int | None:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of a device in all, or those of this machine that are free.
+
+    Raises:
+        UsageError: They are not known.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    left = memory_left(device)
+    if left is None:
+        raise UsageError(
+            f"the memory of {device} is not known", hint="say a --batch-size instead of auto"
+        )
+    return left
+
+
 def memory_left(device: torch.device) -> int | None:
     """Bytes that new tensors can take, or None if that is not known."""
     if device.type == "cuda":
@@ -203,7 +219,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     """Run matrix products in a lower precision, keeping the weights as they are."""
     if precision == torch.float32:
         return nullcontext()
-    return torch.autocast(device.type, dtype=precision)
+    return torch.autocast(device.type, dtype=precision, cache_enabled=False)
 
 
 def seed_of(*parts: int) -> int:

@@ -27,6 +27,11 @@ class LanguageModel(Protocol):
     def vocabulary_size(self) -> int: ...
 
     @property
+    def first_token(self) -> int | None:
+        """What all it reads is to begin with, if it was trained so."""
+        ...
+
+    @property
     def device(self) -> torch.device: ...
 
     def predict(
@@ -71,7 +76,7 @@ def continuation(
         UsageError: The prompt is empty or holds unknown tokens.
         CapacityError: The memory is too small for the context.
     """
-    kept = within_context(checked(prompt, model.vocabulary_size), sampling)
+    kept = within_context(checked(prompt, model.vocabulary_size), sampling, model.first_token)
     if cache is None:
         cache = cache_for(model, len(kept), sampling)
     unread = kept[cache.reuse(0, kept) :]
@@ -126,9 +131,17 @@ def checked(prompt: Sequence[int], vocabulary_size: int) -> list[int]:
     return ids
 
 
-def within_context(prompt: list[int], sampling: SamplingConfig) -> list[int]:
-    """What of a prompt is read: all of it, or the pinned tokens and the last ones."""
+def within_context(
+    prompt: list[int], sampling: SamplingConfig, first_token: int | None
+) -> list[int]:
+    """What of a prompt is read: all of it, or the pinned tokens and the last ones.
+
+    Before it comes the first token that the model was trained with, unless it is there.
+    """
     length, pinned = sampling.context_length, sampling.pin_tokens
+    if first_token is not None:
+        prompt = prompt if prompt[0] == first_token else [first_token, *prompt]
+        pinned = min(pinned + 1, length - 1)
     if len(prompt) <= length:
         return prompt
     return prompt[:pinned] + prompt[pinned - length :]

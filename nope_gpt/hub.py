@@ -1,18 +1,16 @@
-"""The published layout: load it, save it, and translate every historical name.
+"""Models on disk and on the Hub: load them, save them, upload them.
 
 A model is a directory with `config.json` and `model.safetensors`, or several such files and an
-index of them. On disk the tensors have their published names, in memory names that explain
-themselves; the tables here are the only place where both are known. What was exported for
-transformers is loaded too; the names of that are in `transformers_layout.py`.
+index of them, in the layout of `published_layout.py`. What was exported for transformers, in that
+of `transformers_layout.py`, is loaded too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,58 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nope_gpt import transformers_layout
-from nope_gpt.artifacts import DAMAGE, describe, write_json, write_tensors
+from nope_gpt import published_layout, sharpening, transformers_layout
+from nope_gpt.artifacts import DAMAGE, MANIFEST, describe, write_json, write_tensors
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NetworkError, NopeError, UsageError
 from nope_gpt.locating import CONFIG, INDEX, WEIGHTS
+from nope_gpt.sharpening import Sharpening
 
-HISTORICAL_SETTINGS = {
-    "num_layers": ("num_decoder_layers",),
-    "num_hidden_layers": ("num_decoder_layers",),
-    "feed_forward_ratio": ("hidden_ratio",),
-    "num_heads": ("num_q_heads", "num_kv_heads"),
-    "num_attention_heads": ("num_q_heads", "num_kv_heads"),
-}
+ROTARY = "rotary"
+"""The key of config.json that says so of a checkpoint whose positions are not dropped yet."""
 
-HISTORICAL_NAMES = (
-    (r"^(?:_orig_mod\.|model\.)+", ""),
-    (r"^(?:body|decoder)\.(\d+)\.", r"decoder.layers.\1."),
-    (r"\.attention\.", ".stage1."),
-    (r"\.(?:mlp\.layers\.0|feedforward\.linear1)\.", ".stage2.linear1."),
-    (r"\.(?:mlp\.layers\.2|feedforward\.linear2)\.", ".stage2.linear2."),
-    (r"\.stage1\.in_proj_weight$", ".stage1.qkv_proj.weight"),
-    (r"^output_norm\.", "token_classifier.norm."),
-    (r"^output_layer\.", "token_classifier.linear."),
-)
-
-LAYER_NAMES = {
-    "norm1": "attention_norm",
-    "stage1.q_proj": "attention.q_proj",
-    "stage1.k_proj": "attention.k_proj",
-    "stage1.v_proj": "attention.v_proj",
-    "stage1.out_proj": "attention.out_proj",
-    "norm2": "feed_forward_norm",
-    "stage2.linear1": "feed_forward.up",
-    "stage2.linear2": "feed_forward.down",
-}
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""That weights may have."""
-
-TIED = "token_embeddings.weight"
-TIED_PUBLISHED = "token_classifier.linear.weight"
-
-
-def published_names(num_layers: int) -> dict[str, str]:
-    """Map the name of every tensor in memory to its published name."""
-    names = {TIED: TIED_PUBLISHED, "norm.weight": "token_classifier.norm.weight"}
-    for layer in range(num_layers):
-        for published, ours in LAYER_NAMES.items():
-            prefix = f"decoder.layers.{layer}."
-            names[f"{prefix}{ours}.weight"] = f"{prefix}{published}.weight"
-    return names
-
+FIRST_TOKEN = "first_token"
+"""The key of config.json that says what all that a model reads begins with."""
 
 Tell = Callable[[float], None]
 """What hears which share of the weights has been read."""
@@ -84,18 +42,32 @@ class SavedModel:
     config: ModelConfig
     state: dict[str, Tensor]
     trained_context_length: int | None
+    sharpenings: Mapping[int, Sharpening] = field(default_factory=dict)
+    first_token: int | None = None
 
 
-def load(path: Path, tell: Tell = lambda _: None) -> SavedModel:
+def load(path: Path, tell: Tell = lambda _: None, *, rotary: bool = False) -> SavedModel:
     """Load a model directory of any generation of names.
 
     The vocabulary is the number of rows of the embedding: the published chat model's
     config.json states that of its base.
 
+    Args:
+        path: The directory.
+        tell: Told which share of the weights has been read.
+        rotary: Whether it may be a checkpoint whose positions are not dropped yet.
+
     Raises:
         NopeError: The files are damaged, incomplete or of another architecture.
     """
     settings = read_config(path / CONFIG)
+    if settings.get(ROTARY) and not rotary:
+        raise NopeError(
+            "this model still turns queries and keys by their position, as it does at the "
+            "beginning of a run with --rotary-until; it is of use once they are dropped",
+            where=str(path),
+            hint="go on with its run: nope pretrain --resume",
+        )
     if settings.get("model_type") in transformers_layout.MODEL_TYPES:
         layout = str(settings["model_type"])
         settings = transformers_layout.own_settings(settings, str(path))
@@ -103,30 +75,48 @@ def load(path: Path, tell: Tell = lambda _: None) -> SavedModel:
             read_weights(path, tell), layout, settings["num_decoder_layers"], str(path)
         )
     else:
-        settings = rename_settings(settings, str(path / CONFIG))
-        state = translate(read_weights(path, tell), str(path))
+        settings = published_layout.rename_settings(settings, str(path / CONFIG))
+        state = published_layout.translate(read_weights(path, tell), str(path))
     return assemble(settings, state, str(path))
 
 
 def assemble(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> SavedModel:
     """Check that settings and tensors describe one and the same network."""
-    if TIED not in state:
+    if published_layout.TIED not in state:
         raise NopeError("the token embedding is missing", where=where)
-    if state[TIED].dim() != 2:
+    if state[published_layout.TIED].dim() != 2:
         raise NopeError("the token embedding is no matrix", where=where)
     known = set(ModelConfig.__dataclass_fields__)
     try:
         config = ModelConfig(
             **{key: value for key, value in settings.items() if key in known}
-            | {"vocabulary_size": state[TIED].size(0)}
+            | {"vocabulary_size": state[published_layout.TIED].size(0)}
         )
     except UsageError as error:
         raise NopeError(f"{CONFIG} describes no network: {error.what}", where=where) from None
     except OverflowError as error:
         raise NopeError(f"{CONFIG} describes no network: {error}", where=where) from None
-    check_shapes(config, state, where)
+    published_layout.check_shapes(config, state, where)
     length = settings.get("trained_context_length")
-    return SavedModel(config, state, length if type(length) is int and length > 0 else None)
+    return SavedModel(
+        config,
+        state,
+        length if type(length) is int and length > 0 else None,
+        sharpening.stated_in(settings, where),
+        first_token_in(settings, config.vocabulary_size, where),
+    )
+
+
+def first_token_in(settings: dict[str, Any], vocabulary_size: int, where: str) -> int | None:
+    """What everything that a model reads begins with, if it was trained so.
+
+    Raises:
+        NopeError: It is no token.
+    """
+    token = settings.get(FIRST_TOKEN)
+    if token is not None and (type(token) is not int or not 0 <= token < vocabulary_size):
+        raise NopeError(f"{FIRST_TOKEN} is {token!r}, which is no token", where=where)
+    return token
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -138,19 +128,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise NopeError(f"{CONFIG} is not a table of settings", where=str(path))
     return settings
-
-
-def rename_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """Give historical settings their published names and check that none is missing."""
-    result = dict(settings)
-    for old, names in HISTORICAL_SETTINGS.items():
-        if old in settings:
-            result = dict.fromkeys(names, settings[old]) | result
-    needed = ("embedding_dimensions", "num_q_heads", "num_kv_heads", "num_decoder_layers")
-    for name in (*needed, "hidden_ratio"):
-        if name not in result:
-            raise NopeError(f"{CONFIG} has no {name}: this is not a NoPE GPT", where=where)
-    return result
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -210,69 +187,6 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         ) from None
 
 
-def translate(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Give tensors of any generation the names they have in memory.
-
-    Raises:
-        NopeError: A tensor belongs to another network, such as a table of positions.
-    """
-    published: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in HISTORICAL_NAMES:
-            name = re.sub(pattern, replacement, name)
-        if name.endswith(".stage1.qkv_proj.weight"):
-            prefix = name.removesuffix("qkv_proj.weight")
-            if tensor.dim() != 2 or tensor.size(0) % 3:
-                raise NopeError(f"{name} has shape {tuple(tensor.shape)}", where=where)
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                published[f"{prefix}{part}_proj.weight"] = rows.clone()
-        else:
-            published[name] = tensor
-    if TIED in published:
-        embedding = published.pop(TIED)
-        head = published.setdefault(TIED_PUBLISHED, embedding)
-        if head is not embedding and not torch.equal(head, embedding):
-            raise NopeError("the embedding and the head differ, and must be tied", where=where)
-    found = (re.match(r"decoder\.layers\.(\d+)", name) for name in published)
-    layers = {match[1] for match in found if match}
-    ours = {theirs: name for name, theirs in published_names(len(layers)).items()}
-    unknown = sorted(published.keys() - ours.keys())
-    if unknown:
-        positions = any("position" in name for name in unknown)
-        reason = "it has positional embeddings" if positions else f"it holds {unknown[0]}"
-        raise NopeError(f"this is another network than NoPE GPT: {reason}", where=where)
-    return {ours[name]: tensor for name, tensor in published.items()}
-
-
-def check_shapes(config: ModelConfig, state: dict[str, Tensor], where: str) -> None:
-    """Check that every tensor is there and has the shape that the config says."""
-    d, kv, hidden = config.embedding_dimensions, config.kv_dimensions, config.hidden_dimensions
-    shapes = {
-        TIED: (config.vocabulary_size, d),
-        "q_proj.weight": (d, d),
-        "k_proj.weight": (kv, d),
-        "v_proj.weight": (kv, d),
-        "out_proj.weight": (d, d),
-        "up.weight": (hidden, d),
-        "down.weight": (d, hidden),
-        "norm.weight": (d,),
-    }
-    for name in published_names(config.num_decoder_layers):
-        if name not in state:
-            raise NopeError(f"{CONFIG} asks for {name}, which is not there", where=where)
-        expected = next(shape for suffix, shape in shapes.items() if name.endswith(suffix))
-        if tuple(state[name].shape) != expected:
-            raise NopeError(
-                f"{name} has shape {tuple(state[name].shape)}, and {CONFIG} asks for {expected}",
-                where=where,
-            )
-        if state[name].dtype not in DTYPES:
-            raise NopeError(f"{name} holds {state[name].dtype}, not weights", where=where)
-    extra = sorted(state.keys() - published_names(config.num_decoder_layers).keys())
-    if extra:
-        raise NopeError(f"{CONFIG} has no place for {extra[0]}", where=where)
-
-
 def save(path: Path, model: SavedModel, largest_file: int | None = None) -> None:
     """Write config.json and model.safetensors into a directory that exists.
 
@@ -287,13 +201,56 @@ def save(path: Path, model: SavedModel, largest_file: int | None = None) -> None
         NopeError: A weight is not a finite number; names its tensor.
     """
     refuse_infinite(model.state, str(path))
-    names = published_names(model.config.num_decoder_layers)
+    names = published_layout.published_names(model.config.num_decoder_layers)
     tensors = {published: model.state[name].detach() for name, published in names.items()}
     settings: dict[str, Any] = dict(sorted(model.config.as_dict().items()))
     if model.trained_context_length is not None:
         settings["trained_context_length"] = model.trained_context_length
-    write_weights(path, tensors, {TIED: TIED_PUBLISHED}, largest_file)
+    if model.first_token is not None:
+        settings[FIRST_TOKEN] = model.first_token
+    if model.sharpenings:
+        settings[sharpening.SETTING] = sharpening.as_setting(model.sharpenings)
+    write_weights(
+        path, tensors, {published_layout.TIED: published_layout.TIED_PUBLISHED}, largest_file
+    )
     write_json(path / CONFIG, settings)
+
+
+def write_sharpenings(path: Path, found: Mapping[int, Sharpening], trained_length: int) -> None:
+    """Write into a model's config.json how much sharper attention is to be, and nothing else.
+
+    Args:
+        path: The model's directory.
+        found: By length of the context, in tokens.
+        trained_length: Of the context, beyond which they hold.
+
+    Raises:
+        UsageError: Its files are not to be changed: a checkpoint's, or a download's.
+    """
+    refuse_to_change(path)
+    settings = read_config(path / CONFIG)
+    scales = {sharpening.SETTING: sharpening.as_setting(found)}
+    write_json(path / CONFIG, settings | {"trained_context_length": trained_length} | scales)
+
+
+def mark_rotary(path: Path) -> None:
+    """Write into config.json that the positions of a checkpoint are not dropped yet."""
+    write_json(path / CONFIG, read_config(path / CONFIG) | {ROTARY: True})
+
+
+def refuse_to_change(path: Path) -> None:
+    """Refuse a model whose files have to stay as they are.
+
+    Raises:
+        UsageError: It is a checkpoint, whose files have their sha256, or a download.
+    """
+    if (path / MANIFEST).is_file() or (path / CONFIG).is_symlink():
+        kind = "a checkpoint" if (path / MANIFEST).is_file() else "a download"
+        raise UsageError(
+            f"this is {kind}, and its files stay as they are",
+            where=str(path),
+            hint="nope export --model MODEL --output exports/NAME, and calibrate that",
+        )
 
 
 def refuse_infinite(state: dict[str, Tensor], where: str) -> None:

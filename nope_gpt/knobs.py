@@ -81,6 +81,13 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def like(owner: type[Knobs], name: str, default: Any = dataclasses.MISSING) -> Any:
+    """Declare a setting that another group of settings declares, perhaps with another default."""
+    field = owner.__dataclass_fields__[name]
+    default = field.default if default is dataclasses.MISSING else default
+    return dataclasses.field(default=default, metadata=field.metadata)
+
+
 TEXTS = tuple[str, ...]
 """The type of a knob that may be given several times."""
 
@@ -93,11 +100,15 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
 @functools.cache
 def kind_of(owner: Any, name: str) -> tuple[type, bool]:
     """The plain type of a field and whether it may be None."""
-    annotation = typing.get_type_hints(owner)[name]
+    annotation = _annotations(owner)[name]
     if isinstance(annotation, types.UnionType):
         (plain,) = (part for part in typing.get_args(annotation) if part is not types.NoneType)
         return plain, True
     return annotation, False
+
+
+_annotations = functools.cache(typing.get_type_hints)
+"""The types of a class's fields; to evaluate them takes time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ class LoRALinear(nn.Linear):
         if not self.is_active:
             return own
         adapter = F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
-        return own + self.alpha * adapter
+        return torch.add(own, adapter, alpha=self.alpha)
 
 
 def attach(model: NoPEGPT, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
@@ -69,6 +69,35 @@ def attach(model: NoPEGPT, *, rank: int, alpha: float, dropout: float = 0.0) -> 
             for name, module in list(block.named_children()):
                 if isinstance(module, nn.Linear):
                     setattr(block, name, LoRALinear(module, rank, alpha, dropout))
+
+
+def adapt(
+    model: NoPEGPT,
+    rank: int,
+    *,
+    alpha: float = 1.0,
+    dropout: float = 0.0,
+    precision: torch.dtype,
+    new_rows: int,
+    embeddings: str,
+) -> None:
+    """Prepare a model to be tuned by adapters, and what of its embedding is trained beside them.
+
+    Args:
+        model: Its matrices stay as they are, and are kept in the precision they are multiplied in.
+        rank: As for `attach`, like alpha and dropout.
+        precision: Of the matrix products.
+        new_rows: Last rows of the embedding that are new.
+        embeddings: Which rows are trained: new, all or none.
+    """
+    attach(model, rank=rank, alpha=alpha, dropout=dropout)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.weight.data = module.weight.data.to(precision)
+    if embeddings == "new":
+        train_last_rows(model, new_rows)
+    elif embeddings == "all":
+        model.unfreeze_token_embeddings()
 
 
 def train_last_rows(model: NoPEGPT, count: int) -> None:

@@ -8,7 +8,6 @@ Shapes: B batch, T tokens, C embedding dimensions, V vocabulary.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nope_gpt import generation, hub, sizing
+from nope_gpt import generation, hub, initialization
 from nope_gpt.attention import Documents
 from nope_gpt.blocks import NORM_EPSILON, Decoder
 from nope_gpt.caching import KVCache, Reader, Reading
-from nope_gpt.config import ModelConfig, SamplingConfig
+from nope_gpt.config import LOSS_CHUNK, ModelConfig, SamplingConfig
 from nope_gpt.cross_entropy import cross_entropies, summed_cross_entropy
 from nope_gpt.device import refuse_small_memory
 from nope_gpt.embedding import LastRowsEmbedding
@@ -31,6 +30,10 @@ from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
 from nope_gpt.native import NativeReader
 from nope_gpt.quantization import Int8Embedding, Int8Linear
+from nope_gpt.recall import RECALLED_FROM, Recall, before_each
+from nope_gpt.sharpening import Sharpening
+from nope_gpt.sizing.arithmetic import count_parameters
+from nope_gpt.sizing.memory import inference_memory
 
 
 class NoPEGPT(nn.Module):
@@ -70,37 +73,19 @@ class NoPEGPT(nn.Module):
             dropout=dropout,
         )
         self.trained_context_length: int | None = None
+        self.first_token: int | None = None
+        self.sharpenings: dict[int, Sharpening] = {}
+        self.loss_chunk = LOSS_CHUNK
         self.token_embeddings: nn.Embedding | Int8Embedding
         self.token_embeddings = nn.Embedding(vocabulary_size, embedding_dimensions)
         self.decoder = Decoder(self.config)
         self.norm = nn.RMSNorm(embedding_dimensions, eps=NORM_EPSILON)
-        self.initialize()
+        self.recall: Recall | None = None
+        initialization.scaled(self)
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Self:
         return cls(**config.as_dict())
-
-    def initialize(self) -> None:
-        """Draw the weights so that the first loss is near ln V at any width.
-
-        Every matrix keeps the scale of its input, except that those which write to the
-        residual stream share one unit of variance among the 2L of them (GPT-2, section
-        2.3), and that the embedding, being the head too, is half as large: at 1/sqrt(C)
-        the logits would have unit variance, which alone costs 0.5 nats.
-        """
-        residual = 1.0 / math.sqrt(2 * self.config.num_decoder_layers)
-        embedding_std = 0.5 / math.sqrt(self.embedding_dimensions)
-        nn.init.normal_(self.token_embeddings.weight, std=embedding_std)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                gain = residual if name.endswith(("out_proj", "down")) else 1.0
-                nn.init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
-
-    def initialize_as_seed(self) -> None:
-        """Draw the weights as torch does by default, which the published models began with."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                module.reset_parameters()
 
     def forward(
         self,
@@ -109,6 +94,7 @@ class NoPEGPT(nn.Module):
         documents: Tensor | None = None,
         *,
         each: bool = False,
+        recalls: bool = False,
     ) -> Tensor:
         """Compute logits, or the loss against targets.
 
@@ -118,21 +104,38 @@ class NoPEGPT(nn.Module):
             documents: A number for each token [B, T]; no token sees one of another number, and
                 those of a number follow each other.
             each: With targets, whether the cross entropy of each token is wanted.
+            recalls: With targets, whether the loss of `recall` is wanted too.
 
         Returns:
             Logits [B, T, V]; with targets, the sum of the cross entropies in nats [], or each
-            of them [B, T], for which the logits are never held all at once.
+            of them [B, T], for which the logits are never held all at once; with `recalls` both
+            sums [2].
         """
         apart = None if documents is None else Documents.of(documents)
-        hidden = self.decoder(self.token_embeddings(tokens), documents=apart)
+        hidden = self.token_embeddings(tokens)
+        early = min(RECALLED_FROM, self.config.num_decoder_layers - 1)
+        seen = {early: hidden} if recalls else {}
+        hidden = self.decoder(hidden, documents=apart, seen=seen)
         if targets is None:
             return self.logits(hidden)
         head, right = self.token_embeddings, targets.flatten()
-        parts = head.parts if isinstance(head, LastRowsEmbedding) else (head.weight,)
+        if isinstance(head, Int8Embedding):
+            parts: tuple[Tensor, ...] = ((head.weight * head.scale[:, None]).to(head.dtype),)
+        else:
+            parts = head.parts if isinstance(head, LastRowsEmbedding) else (head.weight,)
         # Nothing here holds on to the norm's output, which autocast may copy.
         if each:
-            return cross_entropies(self.norm(hidden).flatten(0, 1), parts, right).view_as(targets)
-        return summed_cross_entropy(self.norm(hidden).flatten(0, 1), parts, right)
+            normed = self.norm(hidden).flatten(0, 1)
+            return cross_entropies(normed, parts, right, self.loss_chunk).view_as(targets)
+        loss = summed_cross_entropy(self.norm(hidden).flatten(0, 1), parts, right, self.loss_chunk)
+        if not recalls:
+            return loss
+        assert self.recall
+        before = before_each(tokens, documents)
+        told = self.recall(seen[early]).flatten(0, 1)
+        fixed = tuple(part.detach() for part in parts)
+        again = summed_cross_entropy(told, fixed, before.flatten(), self.loss_chunk)
+        return torch.stack([loss, again])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score every token of the vocabulary: [..., C] to [..., V]."""
@@ -187,7 +190,8 @@ class NoPEGPT(nn.Module):
         Args:
             capacity: Tokens that each row can look back on.
             batch_size: Rows.
-            pinned: First tokens of a row that it never forgets.
+            pinned: First tokens of a row that it never forgets, beside the one that all begins
+                with where the model was trained so.
             compile: Whether few tokens are read by compiled code: auto if it is there, on
                 when it is, off never.
 
@@ -196,7 +200,9 @@ class NoPEGPT(nn.Module):
             NopeError: compile is on, and there is no compiled code.
         """
         weight = self.norm.weight
-        size = sizing.inference_memory(self.config, capacity, weight.element_size()).cache
+        if self.first_token is not None:
+            pinned = min(pinned + 1, capacity - 1)
+        size = inference_memory(self.config, capacity, weight.element_size()).cache
         what = f"a cache of {batch_size} x {capacity:,} tokens"
         refuse_small_memory(self.device, size * batch_size, what)
         return KVCache(
@@ -206,6 +212,7 @@ class NoPEGPT(nn.Module):
             pinned=pinned,
             dtype=weight.dtype,
             device=weight.device,
+            growth=self.decoder.growth,
             reader=self.reader(compile),
         )
 
@@ -313,7 +320,7 @@ class NoPEGPT(nn.Module):
     @property
     def num_weights(self) -> int:
         """Numbers that the model is made of, whatever they are kept in."""
-        return sizing.count_parameters(self.config).total
+        return count_parameters(self.config).total
 
     @property
     def num_trainable_params(self) -> int:
@@ -373,11 +380,19 @@ class NoPEGPT(nn.Module):
             model = cls.from_config(saved.config)
         model.load_state_dict(saved.state, assign=True)
         model.trained_context_length = saved.trained_context_length
+        model.sharpenings = dict(saved.sharpenings)
+        model.first_token = saved.first_token
         return model.eval()
 
     def saved(self, state: dict[str, Tensor] | None = None) -> SavedModel:
         """This model as it goes to disk, with other weights if some are given."""
-        return SavedModel(self.config, state or self.state_dict(), self.trained_context_length)
+        return SavedModel(
+            self.config,
+            state or self.state_dict(),
+            self.trained_context_length,
+            self.sharpenings,
+            self.first_token,
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors in the published layout."""

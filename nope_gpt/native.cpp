@@ -116,6 +116,8 @@ struct Network {
     int64_t C, V, H, G, D, F, num_layers;
     int64_t kind;  // Of the weights: 0 float, 1 bfloat16, 2 integers.
     double epsilon;
+    double growth;           // Of the scores with the entries that are seen,
+    int64_t growth_length;   // beyond so many.
     Matrix embedding;
     const float* norm;
     const Layer* layers;
@@ -212,6 +214,12 @@ struct Step {
         }
     }
 
+    // What a score is multiplied by where so many entries are seen.
+    float score_scale(int64_t visible) const {
+        double beyond = net.growth ? std::max(double(visible) / double(net.growth_length), 1.0) : 1.0;
+        return float((1.0 + net.growth * std::log(beyond)) / std::sqrt(double(net.D)));
+    }
+
     // For the heads of a group over a chunk of the cache: the largest score, the sum of the
     // exponentials below it, and the values weighted by them; `gather` joins the chunks.
     void attend(int64_t layer) {
@@ -225,20 +233,20 @@ struct Step {
                     const T* keys = entries(layer, 0, tokens[m].row, g) + first * net.D;
                     const T* values = entries(layer, 1, tokens[m].row, g) + first * net.D;
                     const float* queries = &q[m * net.C + g * R * net.D];
+                    const float scale = score_scale(tokens[m].visible);
                     for (int64_t h = 0, width; h < R; h += width) {
                         width = R - h >= 4 ? 4 : 1;
                         const float* own = queries + h * net.D;
                         float* to = part + h * (net.D + 2);
-                        if (width == 4) attend_to<4>(keys, values, last - first, own, to);
-                        else attend_to<1>(keys, values, last - first, own, to);
+                        if (width == 4) attend_to<4>(keys, values, last - first, scale, own, to);
+                        else attend_to<1>(keys, values, last - first, scale, own, to);
                     }
                 }
     }
 
     // One chunk for some heads of a group: keys and values are read once for all of them.
     template <int HEADS>
-    void attend_to(const T* keys, const T* values, int64_t count, const float* queries, float* part) const {
-        const float scale = 1.0f / std::sqrt(float(net.D));
+    void attend_to(const T* keys, const T* values, int64_t count, float scale, const float* queries, float* part) const {
         const int64_t padded = (count + LANES - 1) / LANES * LANES, stride = net.D + 2;
         alignas(64) float scores[HEADS][CHUNK];
         for (int64_t n = 0; n < count; n += LANES / HEADS)

@@ -68,6 +68,8 @@ class Network(ctypes.Structure):
     _fields_ = [
         *[(name, Number) for name in ("C", "V", "H", "G", "D", "F", "num_layers", "kind")],
         ("epsilon", ctypes.c_double),
+        ("growth", ctypes.c_double),
+        ("growth_length", Number),
         ("embedding", Matrix),
         ("norm", Address),
         ("layers", Address),
@@ -95,7 +97,7 @@ class NativeReader:
     def __init__(self, library: ctypes.CDLL, model: Any) -> None:
         self.library = library
         self.kept: list[Any] = []
-        config = model.config
+        config, growth = model.config, model.decoder.growth
         layers = (Layer * config.num_decoder_layers)(*map(self.layer, model.decoder.layers))
         self.kept.append(layers)
         self.vocabulary_size: int = config.vocabulary_size
@@ -109,6 +111,8 @@ class NativeReader:
             num_layers=config.num_decoder_layers,
             kind=KINDS[model.token_embeddings.weight.dtype],
             epsilon=model.norm.eps,
+            growth=growth.rate if growth else 0.0,
+            growth_length=growth.length if growth else 1,
             embedding=self.matrix(model.token_embeddings),
             norm=self.floats(model.norm.weight),
             layers=ctypes.addressof(layers),

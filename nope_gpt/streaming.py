@@ -15,7 +15,7 @@ from nope_gpt.device import memory_in_use
 from nope_gpt.generation import cache_for, continuation, within_context
 from nope_gpt.model import NoPEGPT
 from nope_gpt.sampling import Choice
-from nope_gpt.sizing import format_bytes
+from nope_gpt.sizing.units import format_bytes
 from nope_gpt.tokenization import BaseTokenizer, StreamDecoder
 
 
@@ -107,7 +107,7 @@ class TextStream:
         self.log_probabilities = log_probabilities
         self.tokenizer = tokenizer
         self.sampling = sampling
-        kept = within_context(list(prompt), sampling)
+        kept = within_context(list(prompt), sampling, model.first_token)
         self.cache = cache_for(model, len(kept), sampling) if cache is None else cache
         self.device = model.device
         self.statistics = Statistics(len(kept), reused_tokens=self.cache.num_shared(0, kept))

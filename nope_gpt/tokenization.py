@@ -199,6 +199,11 @@ class BaseTokenizer:
                 f"token {token} is not in the vocabulary, which ends at {self.vocabulary_size - 1}"
             ) from None
 
+    def num_bytes(self, tokens: Sequence[int]) -> int:
+        """Of the text that some tokens stand for; those that steer stand for none."""
+        steering = self.stop_tokens | set(self.encoding._special_tokens.values())
+        return sum(len(self.bytes_of(token)) for token in tokens if token not in steering)
+
     def decode_tokens(self, tokens: Iterable[SupportsInt]) -> str:
         """Decode a whole text."""
         return b"".join(self.bytes_of(int(token)) for token in tokens).decode(errors="replace")

@@ -19,6 +19,7 @@ from nope_gpt.artifacts import DAMAGE
 from nope_gpt.blocks import NORM_EPSILON
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.sharpening import SETTING
 
 ARCEE = "arcee"
 LLAMA = "llama"
@@ -71,6 +72,7 @@ def settings(
     dtype: str,
     context_length: int,
     trained_context_length: int | None,
+    first_token: int | None = None,
     ends: list[int],
     pad: int,
 ) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def settings(
         dtype: Of the weights, such as "bfloat16".
         context_length: Tokens that a program may plan for.
         trained_context_length: Tokens of context that it was trained on, if known.
+        first_token: What everything begins with that it reads, if it was trained so.
         ends: Tokens that end a text or an answer, the usual one first.
         pad: Token to fill up with.
     """
@@ -119,6 +122,8 @@ def settings(
     }
     if trained_context_length is not None:
         result["trained_context_length"] = trained_context_length
+    if first_token is not None:
+        result["first_token"] = first_token
     return result
 
 
@@ -157,7 +162,8 @@ def own_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     except (*DAMAGE, UsageError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise NopeError(f"config.json describes no network ({reason})", where=where) from None
-    return shape | {"trained_context_length": config.get("trained_context_length")}
+    kept = ("trained_context_length", "first_token", SETTING)
+    return shape | {name: config[name] for name in kept if config.get(name) is not None}
 
 
 def from_layout(

@@ -89,6 +89,8 @@ def forward(
     num_kv_heads: int,
     window: int | None = None,
     pinned: int = 0,
+    scales: Tensor | None = None,
+    growth: tuple[float, int] | None = None,
 ) -> Tensor:
     """Logits [T, V] of one sequence [T], each token seeing itself and those before it.
 
@@ -98,6 +100,8 @@ def forward(
         num_q_heads, num_kv_heads: Of the network.
         window: How many tokens each may see, itself included; None for all.
         pinned: How many of those are the first ones, wherever it stands.
+        scales: Of the scores of each layer and head.
+        growth: A rate and a length, beyond which the scores grow with the tokens that are seen.
     """
     head = tensors["token_classifier.linear.weight"]
     x = head[tokens]
@@ -106,6 +110,7 @@ def forward(
     distance = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)[None, :]
     near = (distance < (window or num_tokens) - pinned) | (torch.arange(num_tokens) < pinned)
     visible = (distance >= 0) & near
+    num_seen = visible.sum(dim=1, keepdim=True)
     layer = 0
     while f"decoder.layers.{layer}.norm1.weight" in tensors:
         prefix = f"decoder.layers.{layer}"
@@ -117,6 +122,10 @@ def forward(
             own = slice(index * size, (index + 1) * size)
             shared = slice(group * size, (group + 1) * size)
             scores = q[:, own] @ k[:, shared].T / math.sqrt(size)
+            scores = scores if scales is None else scores * scales[layer, index]
+            if growth:
+                beyond = (num_seen / growth[1]).clamp(min=1.0)
+                scores = scores * (1 + growth[0] * torch.log(beyond))
             scores = scores.masked_fill(~visible, -math.inf)
             outputs.append(torch.softmax(scores, dim=-1) @ v[:, shared])
         x = x + torch.cat(outputs, dim=-1) @ tensors[f"{prefix}.stage1.out_proj.weight"].T

@@ -31,12 +31,12 @@ def fresh(seed: int = 0) -> NoPEGPT:
     return NoPEGPT(**SHAPE)
 
 
-def step(network, optimizers, trained, tokens, share, ranks) -> tuple[float, float]:
+def step(network, config, optimizers, trained, tokens, share, ranks) -> tuple[float, float]:
     """One update; the loss and the norm before clipping."""
     halves = tokens[share].chunk(2)
     loss_sum = torch.zeros(())
     for index, half in enumerate(halves):
-        with distribution.synchronizing(network, index == len(halves) - 1):
+        with distribution.synchronizing(network, config, index == len(halves) - 1):
             loss = network(half, half) / tokens.numel()
             (loss * ranks).backward()
         loss_sum += loss.detach()
@@ -68,8 +68,8 @@ def compare(optimizer: str, level: int, hybrid: bool, ranks: Ranks) -> None:
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(0, 61, (8, 12), generator=generator)
         share = slice(ranks.rank * 4, ranks.rank * 4 + 4)
-        alone = step(single, *pairs[0], tokens, slice(0, 8), 1)
-        together = step(network, *pairs[1], tokens, share, 2)
+        alone = step(single, config, *pairs[0], tokens, slice(0, 8), 1)
+        together = step(network, config, *pairs[1], tokens, share, 2)
         for a, b in zip(alone, together, strict=True):
             assert abs(a - b) <= 1e-5 * abs(a), (optimizer, level, number, alone, together)
         if number == 1:  # Through a checkpoint, into a model that was sharded anew.

@@ -97,4 +97,4 @@ def tuned(
 
 def tuning(base: Path, dataset: Path, **changes: Any) -> Tuning:
     """What a tuning would train, and on what."""
-    return Tuning.of(tune_settings(base, dataset, base.parent, **changes))
+    return Tuning.of(tune_settings(base, dataset, base.parent, **changes), torch.device("cpu"))

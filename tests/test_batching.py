@@ -207,7 +207,8 @@ def test_beams_bias_and_stops_are_asked_for_on_the_command_line(model: Path, nop
     stopped = nope("generate", "The ", *flags, "--logit-bias=113:1000", "--stop=qqq", "--stop=x")
     assert stopped.stdout == "\n"
     assert "· stop\n" in stopped.stderr
-    scores = nope("generate", "The ", *flags, "--json", "--log-probabilities=2")
+    endless = [f"--logit-bias={token}:-1000" for token in BYTES.stop_tokens]
+    scores = nope("generate", "The ", *flags, *endless, "--json", "--log-probabilities=2")
     assert [len(token["likeliest"]) for token in json.loads(scores.stdout)["tokens"]] == [2] * 12
 
 

@@ -26,6 +26,7 @@ from nope_gpt.cli.writing import write_stream
 from nope_gpt.config import (
     PRESETS,
     ChatConfig,
+    EvaluateConfig,
     ExportConfig,
     GenerateConfig,
     PrepareConfig,
@@ -50,6 +51,7 @@ CONFIGS: dict[str, type[Knobs]] = {
     "export": ExportConfig,
     "generate": GenerateConfig,
     "chat": ChatConfig,
+    "eval": EvaluateConfig,
     "size": SizeConfig,
 }
 
@@ -329,6 +331,7 @@ def test_help_shows_every_knob_once_and_by_one_name(
     own = {"--help", "--json", "--config", "--preset", "--resume", "--prompt-file"}
     own |= {"--input", "--output"}
     own |= {"--merge", "--dry-run", "--preview", "--gpus"}
+    own |= {"--verify", "--measure", "--plot", "--format", "--calibrate", "--record"}
     assert len(flags) == len(set(flags))
     assert knobs <= set(flags) <= knobs | own
     assert not [flag for flag in flags if "_" in flag]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nope_gpt import cross_entropy
+from nope_gpt.config import LOSS_CHUNK
 from nope_gpt.cross_entropy import IGNORED, cross_entropies, summed_cross_entropy
 
 
@@ -25,9 +26,9 @@ def drawn(seed: int, rows: int, width: int, vocabulary: int, ignored: float) -> 
     return [hidden.requires_grad_(), weight.requires_grad_(), targets]
 
 
-def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = LOSS_CHUNK) -> Tensor:
     """With the vocabulary whole."""
-    return summed_cross_entropy(hidden, [weight], targets)
+    return summed_cross_entropy(hidden, [weight], targets, chunk)
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -35,8 +36,8 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
-def compare(tensors: list[Tensor], tolerance: float) -> None:
-    loss = ours(*tensors)
+def compare(tensors: list[Tensor], tolerance: float, chunk: int = LOSS_CHUNK) -> None:
+    loss = ours(*tensors, chunk)
     truth = plain(*tensors)
     torch.testing.assert_close(loss.double(), truth, rtol=tolerance, atol=tolerance)
     got = torch.autograd.grad(loss * 0.7, tensors[:2])
@@ -59,13 +60,12 @@ def test_chunks_of_any_size_give_the_loss_and_the_gradients_of_all_logits(
     seed: int, rows: int, width: int, vocabulary: int, ignored: float, chunk: int, cached: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_entropy, "CHUNK", chunk)
         patch.setattr(cross_entropy, "CACHED_BYTES", {"cpu": cached})
-        compare(drawn(seed, rows, width, vocabulary, ignored), 1e-5)
+        compare(drawn(seed, rows, width, vocabulary, ignored), 1e-5, chunk)
 
 
 def test_the_real_chunks_give_the_loss_and_the_gradients_of_all_logits() -> None:
-    compare(drawn(0, cross_entropy.CHUNK + 1, 8, 3000, 0.1), 1e-5)
+    compare(drawn(0, LOSS_CHUNK + 1, 8, 3000, 0.1), 1e-5)
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight", "neither"])
@@ -115,10 +115,8 @@ def test_each_tokens_loss_counts_in_the_gradients_as_it_is_weighted(
     hidden, weight, targets = drawn(seed, rows, 8, 61, 0.3)
     frozen, trained = weight.detach()[:split], weight.detach()[split:].requires_grad_()
     scales = torch.randn(rows, generator=torch.Generator().manual_seed(seed))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_entropy, "CHUNK", chunk)
-        losses = cross_entropies(hidden, [frozen, trained], targets)
-        got = torch.autograd.grad((losses * scales).sum(), [hidden, trained])
+    losses = cross_entropies(hidden, [frozen, trained], targets, chunk)
+    got = torch.autograd.grad((losses * scales).sum(), [hidden, trained])
     logits = hidden.double() @ torch.cat([frozen, trained]).double().T
     truth = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
     torch.testing.assert_close(losses.double(), truth, rtol=1e-5, atol=1e-5)
@@ -149,11 +147,8 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_ever_holds_the_logits_of_more_than_a_chunk(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK", 64)
+def test_no_tensor_ever_holds_the_logits_of_more_than_a_chunk() -> None:
     tensors = drawn(0, 640, 4, 500, 0.0)
     with Largest() as largest:
-        ours(*tensors).backward()
+        ours(*tensors, chunk=64).backward()
     assert largest.numbers == 64 * 500

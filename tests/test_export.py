@@ -29,6 +29,8 @@ from nope_gpt.export.exporting import export
 from nope_gpt.export.readers import OwnReader, TransformersReader
 from nope_gpt.export.source import Source, open_source
 from nope_gpt.model import NoPEGPT
+from nope_gpt.reach import scale_attention
+from nope_gpt.sharpening import Sharpening
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -68,6 +70,57 @@ def source_of(model: Path) -> Source:
 def some_tokens(count: int, vocabulary_size: int = 261) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randint(vocabulary_size, (1, count), generator=generator)
+
+
+def calibrated(path: Path, found: Sharpening) -> Path:
+    """A model that knows what to scale its attention by in contexts of 128 tokens."""
+    sharp(path, vocabulary_size=261, tokenizer="bytes")
+    hub.write_sharpenings(path, {128: found}, 64)
+    return path
+
+
+@pytest.mark.parametrize("format", ["hub", "transformers", "llama"])
+def test_a_calibrated_scale_is_folded_in_for_a_context_that_asks_for_it(
+    tmp_path: Path, format: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = calibrated(tmp_path / "model", Sharpening(scale=1.3))
+    place = exported(model, format, tmp_path / "out", context_length=100)
+    tokens, kind = some_tokens(120), NoPEGPT if format == "hub" else AutoModelForCausalLM
+    theirs, ours = kind.from_pretrained(place), NoPEGPT.from_pretrained(model)
+    with torch.no_grad():
+        unscaled = ours(tokens)
+        scale_attention(ours, 1.3)
+        found = theirs(tokens)
+        found, right = found if format == "hub" else found.logits, ours(tokens)
+    largest = right.abs().max().item()
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-5 * largest)
+    assert (right - unscaled).abs().max() > 1e-2 * largest
+    said = "| In longer contexts | attention is scaled by 1.3, for contexts of 100 tokens |"
+    assert said in (place / "README.md").read_text()
+    assert "attention_scales" not in json.loads((place / "config.json").read_text())
+
+
+def test_what_was_calibrated_is_kept_where_it_can_be_said_and_told_where_it_cannot(
+    tmp_path: Path, nope: Nope
+) -> None:
+    scaled = calibrated(tmp_path / "scaled", Sharpening(scale=1.3))
+    growing = calibrated(tmp_path / "growing", Sharpening(growth=0.3))
+    for model, found in ((scaled, {"scale": 1.3}), (growing, {"growth": 0.3})):
+        place = exported(model, "hub", tmp_path / f"{model.name}-hub")
+        stated = json.loads((place / "config.json").read_text())
+        assert stated["attention_scales"] == {"128": found}
+        assert "In longer contexts" not in (place / "README.md").read_text()
+    words = ["export", "--format", "transformers", "--output"]
+    done = nope(*words, str(tmp_path / "a"), "--model", str(scaled))
+    said = "what was calibrated for longer contexts is left out; --context-length 128 folds it in"
+    assert f"transformers: in longer contexts: {said}" in " ".join(done.stderr.split())
+    assert said in (tmp_path / "a" / "README.md").read_text()
+    done = nope(*words, str(tmp_path / "b"), "--model", str(growing), "--context-length", "128")
+    assert "which this format cannot say: only nope does it" in " ".join(done.stderr.split())
+    plain, left = (load_file(p / "model.safetensors") for p in (tmp_path / "a", tmp_path / "b"))
+    assert all(torch.equal(plain[name], left[name]) for name in plain)
 
 
 @pytest.mark.parametrize("layout", ["transformers", "llama"])

@@ -13,10 +13,11 @@ from reference import SETTINGS, forward, write_published
 from safetensors import safe_open
 from small import small_model
 
+from nope_gpt import initialization
 from nope_gpt.cross_entropy import IGNORED
 from nope_gpt.errors import UsageError
-from nope_gpt.hub import published_names
 from nope_gpt.model import NoPEGPT
+from nope_gpt.published_layout import published_names
 
 HEADS = {"num_q_heads": 6, "num_kv_heads": 2}
 
@@ -71,7 +72,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(width: int, vocabulary_size: 
 
 def test_the_seeds_initialization_starts_far_from_a_uniform_guess() -> None:
     model = small_model(embedding_dimensions=256)
-    model.initialize_as_seed()
+    initialization.seed(model)
     tokens = torch.arange(60).unsqueeze(0)
     with torch.no_grad():
         loss = model(tokens[:, :-1], tokens[:, 1:]).item() / 59

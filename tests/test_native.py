@@ -20,8 +20,8 @@ from small import small_model
 from nope_gpt import lora, native
 from nope_gpt.caching import KVCache
 from nope_gpt.errors import NopeError
-from nope_gpt.hub import published_names
 from nope_gpt.model import NoPEGPT
+from nope_gpt.published_layout import published_names
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler"

@@ -90,6 +90,18 @@ def test_every_optimizer_at_every_level_is_the_unsharded_one_through_a_checkpoin
     assert "15 combinations" in talk
 
 
+def test_the_plan_of_two_ranks_is_among_what_the_allocator_of_each_gives_out() -> None:
+    code, talk = ended(started(str(HERE / "sized.py")))
+    assert code == 0, talk
+    found = [json.loads(line) for line in talk.splitlines() if line.startswith('["')]
+    assert [each[:2] for each in found] == [
+        [precision, level] for precision in ("float32", "bfloat16") for level in (0, 2, 3)
+    ]
+    for _, level, least, most, plan, _ in found:
+        slack = 0.15 if level == 3 else 0.06
+        assert least * (1 - slack) <= plan <= most * (1 + slack)
+
+
 # Torch 2.13 itself crashes in DDP on a CPU at DETAIL, which compares the ranks' operations.
 @pytest.mark.parametrize(("level", "detail"), [(0, "INFO"), (3, "DETAIL")])
 def test_two_ranks_are_one_in_loss_evaluation_and_checkpoint(
@@ -303,7 +315,7 @@ def test_gpus_starts_the_ranks_and_ends_as_they_end(dataset: Path, tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "pretrain")
-    assert "2, sharing gradients and optimizer (FSDP2)" in done.stderr
+    assert "2, sharing the optimizer (FSDP2)" in done.stderr
     again = subprocess.run(
         [*command, "--gpus=2"], capture_output=True, text=True, timeout=100, check=False
     )

@@ -86,8 +86,8 @@ def snapshot(step: int) -> Snapshot:
 def saver(path: Path, keep: int = 2) -> Saver:
     model = small_model()
 
-    def write_model(place: Path, weights: dict[str, torch.Tensor]) -> None:
-        hub.save(place, model.saved(weights))
+    def write_model(place: Path, snapshot: Snapshot) -> None:
+        hub.save(place, model.saved(snapshot.model))
 
     return Saver(path, write_model, keep=keep, keep_every=None, written=lambda _: None)
 

@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
+import json
 import shlex
 import subprocess
 import sys
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import byte_dataset, small_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from nope_gpt import cross_entropy, sizing
+from nope_gpt import cross_entropy
+from nope_gpt.cli.size import text
 from nope_gpt.config import SHAPE_400M, SHAPE_TINY, ModelConfig, PretrainConfig, SizeConfig
+from nope_gpt.encodings import CONTROL_TOKENS
 from nope_gpt.errors import CapacityError, UsageError
+from nope_gpt.hardware import GPUS, known_gpu
 from nope_gpt.knobs import flag_of, kind_of, resolve
-from nope_gpt.model import NoPEGPT
-from nope_gpt.training.optimization import make_optimizers
+from nope_gpt.sizing import moments
+from nope_gpt.sizing.arithmetic import (
+    compute_optimal_tokens,
+    count_parameters,
+    forward_flops,
+    training_flops_per_token,
+)
+from nope_gpt.sizing.memory import inference_memory, snapshot, training_memory, usable_memory
+from nope_gpt.sizing.plans import WIDTHS, Plan, Planner, shape_of
+from nope_gpt.sizing.report import section_of_plan
+from nope_gpt.sizing.time import Machine
+from nope_gpt.sizing.units import format_bytes, format_count, parse_memory
+from nope_gpt.training import compilation, planning
+from nope_gpt.training.measuring import learner_of, rehearsed_peak, train_step
 
 BASE_400M = ModelConfig(**SHAPE_400M)
 
-SMALL = SizeConfig(**SHAPE_TINY, tokens_per_sample=64).changed(embedding_dimensions=128)
+CPU = torch.device("cpu")
+
+SMALL = SizeConfig(**SHAPE_TINY, tokens_per_sample=64, device="cpu", rank=4)
 
 
 class Block(nn.Module):
@@ -62,12 +78,11 @@ class Network(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary_size, config.embedding_dimensions)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_decoder_layers))
         self.norm = nn.RMSNorm(config.embedding_dimensions)
-        self.recompute = isinstance(config, SizeConfig) and config.activation_checkpointing
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+            x = block(x)
         return F.linear(self.norm(x), self.embedding.weight)
 
 
@@ -77,64 +92,23 @@ def variants(**choices: list[object]) -> list[SizeConfig]:
     return [SMALL.changed(**dict(zip(choices, each, strict=True))) for each in combinations]
 
 
-def random_tokens(config: SizeConfig) -> Tensor:
-    return torch.randint(config.vocabulary_size, (config.batch_size, config.tokens_per_sample))
+def allocated_peak(work: SizeConfig) -> int:
+    """The most that torch's allocator ever gave out, by its profiler, in the same two steps."""
 
+    def run() -> None:
+        learner = learner_of(work, CPU)
+        for _ in range(2):
+            train_step(learner, work)
 
-def autocast(config: SizeConfig) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16")
-
-
-def model_of(config: SizeConfig) -> NoPEGPT:
-    """The package's own network, as it trains."""
-    shape = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}
-    model = NoPEGPT(**shape).train()
-    if config.activation_checkpointing:
-        model.decoder.enable_activation_checkpointing()
-    return model
-
-
-def optimizers_of(config: SizeConfig, model: NoPEGPT) -> list[torch.optim.Optimizer]:
-    settings = PretrainConfig(optimizer=config.optimizer)
-    return make_optimizers(model, settings, torch.float32)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every tensor made under it, until the last reference goes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        for storage in {tensor.untyped_storage() for tensor in tensors} - set(self.known):
-            self.known.add(storage)
-            weakref.finalize(storage, self.count, -storage.nbytes())
-            self.count(storage.nbytes())
-        return result
-
-    def count(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def saved_by_autograd(config: SizeConfig) -> int:
-    """Bytes of the storages that the blocks' forward pass saves, but for the parameters."""
-    network = model_of(config)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    saved = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with autocast(config), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        network.decoder(network.token_embeddings(random_tokens(config)))
-    kept = [tensor for address, tensor in saved.items() if address not in parameters]
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept)
+    run()  # Whatever is made once only.
+    gc.collect()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    allocations = [event for event in events if event.name() == "[memory]"]
+    allocations.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in allocations))
 
 
 def parsed(command: str) -> PretrainConfig:
@@ -143,17 +117,20 @@ def parsed(command: str) -> PretrainConfig:
     fields = {flag_of(field): field.name for field in dataclasses.fields(PretrainConfig)}
     values, rest = {}, iter(words)
     for flag in rest:
+        if flag == "--gpus":
+            next(rest)
+            continue
         kind, _ = kind_of(PretrainConfig, fields[flag])
         values[flag[2:]] = True if kind is bool else kind(next(rest))
     return resolve(PretrainConfig, [(command, values)])
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> ModelConfig:
+def shapes(draw: st.DrawFn, heads: st.SearchStrategy[int] = st.integers(1, 24)) -> ModelConfig:  # noqa: B008
     num_kv_heads = draw(st.integers(1, 4))
     num_q_heads = num_kv_heads * draw(st.integers(1, 4))
     return ModelConfig(
-        embedding_dimensions=num_q_heads * draw(st.integers(1, 24)),
+        embedding_dimensions=num_q_heads * draw(heads),
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         num_decoder_layers=draw(st.integers(1, 5)),
@@ -162,30 +139,69 @@ def shapes(draw: st.DrawFn) -> ModelConfig:
     )
 
 
+@st.composite
+def workloads(draw: st.DrawFn) -> SizeConfig:
+    """Shapes that one would train, small; what the smallest ones take is small change."""
+    shape = draw(shapes(heads=st.sampled_from([32, 40])))
+    others = {
+        "vocabulary_size": draw(st.sampled_from([200, 5000, 20_000])),
+        "hidden_ratio": draw(st.integers(2, 4)),
+    }
+    return SizeConfig(
+        **shape.as_dict() | others,
+        method=draw(st.sampled_from(["pretrain", "pretrain", "full", "lora", "dpo"])),
+        rank=draw(st.integers(1, min(4, shape.kv_dimensions))),
+        embeddings=draw(st.sampled_from(["new", "all", "none"])),
+        batch_size=draw(st.integers(1, 4)),
+        gradient_accumulation_steps=draw(st.integers(1, 2)),
+        tokens_per_sample=draw(st.integers(128, 300)),
+        optimizer=draw(st.sampled_from(["adamw", "adafactor", "muon"])),
+        precision=draw(st.sampled_from(["float32", "bfloat16"])),
+        activation_checkpointing=draw(st.booleans()),
+        checkpointed_fraction=draw(st.sampled_from([0.5, 1.0])),
+        loss_chunk=draw(st.sampled_from([16, 128, 1024])),
+        device="cpu",
+    )
+
+
 memories = st.integers(10**8, 2 * 10**11)
 
 size_configs = st.builds(
     SizeConfig,
     tokens_per_sample=st.sampled_from([128, 1024, 4096]),
-    optimizer=st.sampled_from(["adamw", "adafactor"]),
+    optimizer=st.sampled_from(["adamw", "adafactor", "muon"]),
     precision=st.sampled_from(["float32", "bfloat16"]),
     activation_checkpointing=st.booleans(),
+    gpus=st.sampled_from([1, 2, 6, 8]),
+    ddp_sharding_level=st.sampled_from([None, 0, 3]),
+    days=st.sampled_from([None, 1.0, 7.0]),
 )
 
+RTX_4090 = Machine(flops=165e12, watts=450)
 
-def preference(memory: int, config: SizeConfig) -> tuple[int, bool, int]:
-    """How good the plan is: larger, then without recomputation, then a larger batch."""
+
+def plans_for(memory: int, config: SizeConfig) -> dict[str, Plan]:
+    """The plans by each of their names; none if nothing fits."""
+    machine = dataclasses.replace(RTX_4090, count=config.gpus)
     try:
-        plan = sizing.largest_that_trains(memory, config)
+        found = Planner(config, memory, machine).plans()
     except CapacityError:
-        return (0, False, 0)
-    size = sizing.count_parameters(plan.config).total
-    return (size, not plan.config.activation_checkpointing, plan.config.batch_size)
+        return {}
+    return {name: plan for plan in found for name in plan.names}
+
+
+def merit(plan: Plan | None) -> tuple[int, bool, int, int]:
+    """How good a plan is: larger, then without recomputation, then large chunks and batches."""
+    if plan is None:
+        return (0, False, 0, 0)
+    work = plan.work
+    size = count_parameters(work).total
+    return (size, not work.activation_checkpointing, work.loss_chunk, work.batch_size)
 
 
 def test_published_models_have_the_parameters_that_were_published():
     chat = BASE_400M.changed(vocabulary_size=50261)
-    totals = [sizing.count_parameters(config).total for config in (ModelConfig(), BASE_400M, chat)]
+    totals = [count_parameters(config).total for config in (ModelConfig(), BASE_400M, chat)]
     assert totals == [227_657_728, 408_445_440, 408_450_560]
 
 
@@ -194,7 +210,7 @@ def test_published_models_have_the_parameters_that_were_published():
 def test_parameters_equal_those_of_a_network(config):
     with torch.device("meta"):
         network = Network(config)
-    count = sizing.count_parameters(config)
+    count = count_parameters(config)
     assert count.total == sum(parameter.numel() for parameter in network.parameters())
     assert count.embedding == network.embedding.weight.numel()
     assert count.norms == sum(each.numel() for each in network.parameters() if each.dim() == 1)
@@ -206,169 +222,230 @@ def test_forward_flops_equal_those_that_torch_counts(config, tokens):
     network = Network(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, tokens, dtype=torch.long))
-    assert sizing.forward_flops(config, tokens) == counter.get_total_flops()
+    assert forward_flops(config, tokens).total == counter.get_total_flops()
 
 
 def test_training_flops_follow_the_causal_and_the_palm_convention():
-    assert sizing.training_flops_per_token(BASE_400M, 4096, causal=True) == 3_079_818_240
-    assert sizing.training_flops_per_token(BASE_400M, 4096, causal=False) == 3_708_963_840
-    assert sizing.training_flops(BASE_400M, 4096, 10**9, causal=True) == 3_079_818_240 * 10**9
+    assert training_flops_per_token(BASE_400M, 4096, causal=True) == 3_079_818_240
+    assert training_flops_per_token(BASE_400M, 4096, causal=False) == 3_708_963_840
 
 
 def test_a_compute_optimal_run_sees_twenty_tokens_per_parameter_unless_told():
-    assert sizing.compute_optimal_tokens(BASE_400M) == 20 * 408_445_440
-    assert sizing.compute_optimal_tokens(BASE_400M, 12) == 12 * 408_445_440
+    assert compute_optimal_tokens(BASE_400M) == 20 * 408_445_440
+    assert compute_optimal_tokens(BASE_400M, 12) == 12 * 408_445_440
 
 
 def test_inference_holds_the_weights_and_a_cache_of_the_key_and_value_heads():
-    memory = sizing.inference_memory(BASE_400M, context_length=8192, bytes_per_value=2)
-    assert memory.as_dict() == {"weights": 2 * 408_445_440, "cache": 8192 * 20 * 5 * 64 * 2 * 2}
+    memory = inference_memory(BASE_400M, context_length=8192, bytes_per_value=2)
+    assert memory.as_dict() == {
+        "weights": 2 * 408_445_440,
+        "cache": 8192 * 20 * 5 * 64 * 2 * 2,
+        "logits": 4 * 50257,
+    }
 
 
-@pytest.mark.parametrize(
-    "config",
-    variants(
-        precision=["float32", "bfloat16"],
-        activation_checkpointing=[False, True],
-        num_kv_heads=[1, 2, 4],
-        hidden_ratio=[2, 4],
-        batch_size=[2],
-        vocabulary_size=[512],
-    ),
-)
-def test_activations_are_what_autograd_saves(config):
-    saved = sizing.training_moments(config)["backward"]
-    once, twice = (saved_by_autograd(config.changed(batch_size=size)) for size in (2, 4))
-    assert saved.activations == pytest.approx(twice - once, rel=0.05)
-    assert saved.autocast_copies == 2 * once - twice, "what does not grow with the batch"
-
-
-@pytest.mark.parametrize("config", variants(optimizer=["adamw", "adafactor", "muon"]))
-def test_optimizer_state_is_what_the_optimizers_keep(config):
-    model = model_of(config)
-    optimizers = optimizers_of(config, model)
-    model(random_tokens(config)).sum().backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+@pytest.mark.parametrize("method", ["pretrain", "lora"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_optimizer_state_is_what_the_optimizers_keep(optimizer, method):
+    work = SMALL.changed(optimizer=optimizer, method=method)
+    learner = learner_of(work, CPU)
+    train_step(learner, work)
+    states = [state for each in learner.optimizers for state in each.state.values()]
     kept = [value for state in states for value in state.values()]
     kept_bytes = sum(value.nbytes for value in kept if value.dim() > 0)  # steps are scalars
-    assert sizing.training_moments(config)["step"].optimizer == kept_bytes
+    assert training_memory(work).optimizer == kept_bytes
 
 
-@pytest.mark.parametrize(
-    "config",
-    variants(
+GRID = variants(
+    precision=["float32", "bfloat16"],
+    activation_checkpointing=[False, True],
+    optimizer=["adamw", "adafactor", "muon"],
+    batch_size=[3],
+    vocabulary_size=[128, 9000],
+    loss_chunk=[32, 1024],
+)
+
+WAYS = [
+    *variants(
+        method=["lora", "dpo"],
         precision=["float32", "bfloat16"],
         activation_checkpointing=[False, True],
-        optimizer=["adamw", "adafactor", "muon"],
-        batch_size=[4, 16],
-        vocabulary_size=[128, 4096],
+        embeddings=["new", "all", "none"],
     ),
-)
-def test_the_peak_is_that_of_a_real_step(config, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CACHED_BYTES", {})  # As on a GPU: a chunk at once.
-    tokens = random_tokens(config)
-    with LiveBytes() as live:
-        model = model_of(config)
-        optimizers = optimizers_of(config, model)
-        for _ in range(2):
-            for _ in range(2):
-                with autocast(config):
-                    loss = model(tokens, tokens)
-                loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-    moments = sizing.training_moments(config)
-    if config.precision == "bfloat16":  # A CPU widens the logits first, a GPU as it reads them.
-        loss = moments["loss"]
-        widened = min(tokens.numel(), sizing.LOSS_CHUNK) * config.vocabulary_size * 4
-        moments["loss"] = dataclasses.replace(loss, logits=loss.logits + widened)
-    peak = max(moment.peak for moment in moments.values())
-    assert peak == pytest.approx(live.peak, rel=0.05)
+    *variants(method=["full"], precision=["float32", "bfloat16"], checkpointed_fraction=[0.5]),
+    *variants(activation_checkpointing=[True], checkpointed_fraction=[0.25, 0.5]),
+    *variants(num_kv_heads=[1, 4], hidden_ratio=[2], gradient_accumulation_steps=[4]),
+    *variants(
+        gradient_accumulation_steps=[1],
+        precision=["float32", "bfloat16"],
+        activation_checkpointing=[False, True],
+        vocabulary_size=[128, 9000],
+    ),
+]
 
 
-def test_the_chunk_is_that_of_the_loss():
-    assert sizing.LOSS_CHUNK == cross_entropy.CHUNK
+@pytest.mark.parametrize("work", [*GRID, *WAYS], ids=str)
+def test_the_closed_form_is_that_of_a_rehearsal_without_numbers(work):
+    assert training_memory(work).peak == pytest.approx(rehearsed_peak(work, CPU), rel=0.03)
+
+
+@given(workloads())
+@settings(max_examples=25, deadline=None)
+def test_the_closed_form_is_that_of_a_rehearsal_for_any_shape(work):
+    """It can be above it for a few blocks in bfloat16 that train on one batch: docs say so."""
+    rehearsed, slack = rehearsed_peak(work, CPU), 1 << 16
+    alone = work.precision == "bfloat16" and work.gradient_accumulation_steps == 1
+    above = 0.12 if alone and work.num_decoder_layers <= 3 else 0.03
+    planned = training_memory(work).peak
+    assert 0.97 * rehearsed - slack <= planned <= (1 + above) * rehearsed + slack
+
+
+@pytest.mark.parametrize("work", GRID[::5] + WAYS[::5], ids=str)
+def test_a_rehearsal_without_numbers_counts_what_the_allocator_gives_to_a_real_step(work):
+    assert rehearsed_peak(work, CPU) == pytest.approx(allocated_peak(work), rel=0.05)
+
+
+def test_what_the_closed_form_knows_of_the_loss_is_so():
+    assert cross_entropy.ROWS == moments.GRADIENT_ROWS
+    assert cross_entropy.CACHED_BYTES["cpu"] == moments.CACHED_ROWS
+    assert len(CONTROL_TOKENS) == moments.NEW_ROWS
 
 
 @given(memories, memories)
 def test_more_memory_never_leaves_less_usable(one, other):
-    assert sizing.usable_memory(min(one, other)) <= sizing.usable_memory(max(one, other))
+    assert usable_memory(min(one, other)) <= usable_memory(max(one, other))
 
 
 def test_usable_memory_holds_back_slack_and_a_reserve():
-    usable = [sizing.usable_memory(gigabytes * 10**9) for gigabytes in (2, 4, 24)]
+    usable = [usable_memory(gigabytes * 10**9) for gigabytes in (2, 4, 24)]
     assert usable == [1_700_000_000, 3_400_000_000, 21_800_000_000]
+    assert usable_memory(10**9, "cpu") == 488_000_000
+    assert usable_memory(10**8, "cpu") == 0
 
 
 @given(memories, memories, size_configs)
-@settings(max_examples=60, deadline=None)
-def test_more_memory_never_gives_a_smaller_plan(one, other, config):
-    less, more = sorted((one, other))
-    assert preference(less, config) <= preference(more, config)
-
-
-@given(st.integers(10**10, 2 * 10**11), size_configs)
 @settings(max_examples=40, deadline=None)
-def test_a_plan_fits_and_twice_its_batch_does_not(memory, config):
-    plan = sizing.largest_that_trains(memory, config)
-    usable = sizing.usable_memory(memory)
-    assert plan.memory.peak <= usable
-    doubled = plan.config.changed(batch_size=2 * plan.config.batch_size)
-    assert plan.gradient_accumulation_steps == 1 or sizing.training_memory(doubled).peak > usable
-    assert plan.config.activation_checkpointing >= config.activation_checkpointing
+def test_more_memory_never_gives_a_worse_plan(one, other, config):
+    less, more = (plans_for(memory, config) for memory in sorted((one, other)))
+    for name, plan in less.items():
+        assert merit(plan) <= merit(more.get(name)), name
 
 
-@given(st.integers(10**10, 2 * 10**11), size_configs)
-@settings(max_examples=40, deadline=None)
+@given(st.integers(10**9, 2 * 10**11), size_configs)
+@settings(max_examples=30, deadline=None)
+def test_every_plan_fits_in_memory_and_time_and_is_the_whole_of_a_run(memory, config):
+    for name, plan in plans_for(memory, config).items():
+        work = plan.work
+        assert training_memory(work).peak <= plan.usable == usable_memory(memory)
+        assert work.batch_size * work.gradient_accumulation_steps % work.gpus == 0
+        assert work.tokens_per_step * (plan.steps - 1) < plan.tokens
+        assert plan.tokens == 20 * count_parameters(work).total
+        if name == "best in the time":
+            assert plan.seconds <= config.days * 86400
+        if name == "fastest":
+            assert work.activation_checkpointing == config.activation_checkpointing
+
+
+@given(st.integers(10**9, 2 * 10**11), size_configs)
+@settings(max_examples=30, deadline=None)
 def test_the_command_of_a_plan_parses_back_to_it(memory, config):
-    plan = sizing.largest_that_trains(memory, config)
-    typed = parsed(plan.command)
-    published = sizing.PUBLISHED_SHAPES[plan.name].as_dict()
-    for name, value in (plan.config.as_dict() | published).items():
-        if name not in ("vocabulary_size", "memory"):
-            assert getattr(typed, name) == value == getattr(plan.config, name)
-    assert typed.batch_size * typed.gradient_accumulation_steps == 256
+    for plan in plans_for(memory, config).values():
+        typed = parsed(plan.command)
+        assert typed.max_steps == plan.steps
+        for name, value in plan.work.as_dict().items():
+            if hasattr(typed, name) and name not in ("device", "compile"):
+                assert getattr(typed, name) == value, name
+        assert (f"--gpus {config.gpus}" in plan.command) == (config.gpus > 1)
 
 
-def test_the_command_says_only_what_differs_from_the_defaults():
-    plan = sizing.largest_that_trains(10 * 10**9, SizeConfig())
-    assert plan.command == (
+@given(st.integers(10**9, 2 * 10**11), size_configs)
+@settings(max_examples=10, deadline=None)
+def test_the_largest_is_the_largest_of_all_that_fit(memory, config):
+    planner = Planner(config, memory, dataclasses.replace(RTX_4090, count=config.gpus))
+    for wishes in ({}, {"at_full_speed": True}, {"in_time": True}):
+        each = (
+            planner.fastest(planner.shaped(shape_of(width, config)), **wishes)
+            for width in reversed(WIDTHS)
+        )
+        assert planner.largest(**wishes) == next((plan for plan in each if plan), None)
+
+
+def test_a_plan_says_all_that_people_ask():
+    config = SizeConfig(memory="24GB", gpu="rtx4090", days=7.0, price=0.4)
+    found = plans_for(24 * 10**9, config)
+    assert list(found) == ["fastest", "best in the time", "NoPE-GPT-400M", "largest"]
+    published = found["NoPE-GPT-400M"]
+    assert published.command == (
         "nope pretrain --embedding-dimensions 1280 --num-q-heads 20 --num-kv-heads 5 "
-        "--num-hidden-layers 20 --batch-size 4 --gradient-accumulation-steps 64 "
-        "--activation-checkpointing --precision bfloat16"
+        "--num-hidden-layers 20 --precision bfloat16 --max-steps 7791"
     )
+    # 8.17e9 tokens of 3.709e9 operations each, at 40% of 165e12 a second.
+    assert published.seconds == pytest.approx(8.1689e9 * 3.70896e9 / 66e12, rel=1e-4)
+    said = text([section_of_plan(published, config)])
+    assert "time         5.3 days at 40% of the peak" in said
+    assert "energy       57.4 kWh for the boards" in said
+    assert "cost         51.01" in said
+    assert "free         6.5 GB" in said
 
 
 def test_what_fits_no_shape_is_refused_with_the_largest_part_and_a_command_that_fits():
-    memory = sizing.parse_memory("300MB")
+    config = SizeConfig(memory="100MB")
     with pytest.raises(CapacityError) as caught:
-        sizing.largest_that_trains(memory, SizeConfig(memory="300MB"))
-    assert caught.value.exit_code == 4
-    assert caught.value.what == (
-        "tiny, the smallest shape, needs 473.7 MB to train even with activation checkpointing, "
-        "and 255.0 MB are usable; the largest part is logits, 308.8 MB"
+        Planner(config, 10**8, Machine()).plans()
+    error = caught.value
+    assert error.exit_code == 4
+    assert error.what == (
+        "the smallest shape, 3,413,632 parameters, needs 99.9 MB even with activation "
+        "checkpointing and a small loss chunk, and 85.0 MB are usable; the largest part is "
+        "optimizer, 26.5 MB"
     )
-    assert caught.value.where == "--memory 300MB"
-    assert "--tokens-per-sample 512" in caught.value.hint
-    typed = parsed(caught.value.hint).as_dict()
-    config = SizeConfig(**{name: typed[name] for name in SizeConfig().as_dict() if name in typed})
-    assert sizing.training_memory(config).peak <= sizing.usable_memory(memory)
+    assert error.where == "--memory 100MB"
 
 
-def test_adafactor_is_offered_before_a_shorter_sample():
-    with pytest.raises(CapacityError) as caught:
-        sizing.largest_that_trains(500 * 10**6, SizeConfig(tokens_per_sample=1024))
-    assert "--optimizer adafactor" in caught.value.hint
-    assert "--tokens-per-sample 1024" in caught.value.hint
+def test_the_least_change_that_fits_is_offered():
+    def hint(memory: int) -> str:
+        with pytest.raises(CapacityError) as caught:
+            Planner(SizeConfig(), memory, Machine()).plans()
+        return caught.value.hint
+
+    assert hint(10**6) == "train on a device with more memory"
+    levers = {memory: hint(memory * 10**6) for memory in (80, 100)}
+    for memory, line in levers.items():
+        typed = parsed(line)
+        known = SizeConfig.__dataclass_fields__
+        values = {name: value for name, value in typed.as_dict().items() if name in known}
+        work = SizeConfig(**values | {"device": "cuda", "precision": "bfloat16", "compile": "auto"})
+        assert training_memory(work).peak <= usable_memory(memory * 10**6)
 
 
-def test_a_device_too_small_for_any_setting_is_told_so():
-    with pytest.raises(CapacityError) as caught:
-        sizing.largest_that_trains(10**7, SizeConfig())
-    assert caught.value.where == "--memory 10.0 MB"
-    assert caught.value.hint == "train on a device with more memory"
+@pytest.mark.parametrize(
+    ("changes", "what", "hint"),
+    [
+        ({"gpu": "rtx9090"}, "--gpu is 'rtx9090', which is not known", "--peak-tflops N"),
+        ({"days": 7.0}, "--days needs to know how fast the device is", "--gpu rtx4090"),
+        ({"price": 1.0}, "--price needs to know how fast the device is", "--gpu rtx4090"),
+    ],
+)
+def test_a_device_that_nobody_knows_is_refused_with_those_that_are_known(changes, what, hint):
+    with pytest.raises(UsageError) as caught:
+        Machine.of(SizeConfig(**changes))
+    assert caught.value.what == what
+    assert hint in caught.value.hint
+    if "gpu" in changes:
+        assert "RTX 4090" in caught.value.where
+        assert Machine.of(SizeConfig(**changes, peak_tflops=100.0)).flops == 1e14
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "RTX 4090", "4090", "NVIDIA GeForce RTX 4090"])
+def test_a_gpu_is_known_by_any_of_its_names(name):
+    assert known_gpu(name) == GPUS["RTX 4090"]
+
+
+def test_similar_names_are_other_gpus():
+    assert known_gpu("h100 pcie") != known_gpu("h100-sxm5") == GPUS["H100"]
+    assert known_gpu("NVIDIA L40S") == GPUS["L40S"]
+    assert known_gpu("4090 laptop") is None
+    assert known_gpu("") is None
 
 
 @pytest.mark.parametrize(
@@ -381,7 +458,7 @@ def test_a_device_too_small_for_any_setting_is_told_so():
     ],
 )
 def test_every_byte_unit_is_read(text, amount):
-    assert sizing.parse_memory(text) == amount
+    assert parse_memory(text) == amount
 
 
 @pytest.mark.parametrize(
@@ -389,7 +466,7 @@ def test_every_byte_unit_is_read(text, amount):
 )
 def test_what_is_no_amount_of_memory_is_refused_with_an_example(text):
     with pytest.raises(UsageError) as caught:
-        sizing.parse_memory(text)
+        parse_memory(text)
     assert caught.value.what == f"{text!r} is not an amount of memory"
     assert caught.value.where == "--memory"
     assert "--memory 24GB" in caught.value.hint
@@ -406,11 +483,187 @@ def test_what_is_no_amount_of_memory_is_refused_with_an_example(text):
     ],
 )
 def test_amounts_are_shortened_to_one_decimal(amount, in_bytes, count):
-    assert sizing.format_bytes(amount) == in_bytes
-    assert sizing.format_count(amount) == count
+    assert format_bytes(amount) == in_bytes
+    assert format_count(amount) == count
 
 
 def test_importing_sizing_imports_neither_torch_nor_numpy():
     code = "import sys, nope_gpt.sizing; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# The command
+
+
+def test_any_workload_is_sized_in_words_numbers_and_markdown(nope):
+    said = nope("size", "--gpu", "a100", "--price", 2, "--tokens-per-parameter", 12)
+    assert said.returncode == 0, said.stderr
+    done = nope("size", "--json")
+    found = json.loads(done.stdout)
+    assert found["parameters"]["total"] == 227_657_728
+    assert found["forward_flops_per_sample"]["total"] == 2_964_206_911_488
+    plain = nope("size").stdout
+    assert "total      227,657,728" in plain
+    assert "mlp        134,217,728  ██████████████" in plain
+    assert "dimensions per layer  64\n" in plain
+    document = nope("size", "--format", "markdown").stdout
+    assert "| mlp | 134,217,728 (59%) |" in document
+    odd = nope("size", "--embedding-dimensions", 4096, "--num-hidden-layers", 4).stdout
+    assert "dimensions per layer  1024   (usual are 32 to 128)" in odd
+
+
+def test_a_model_that_is_there_is_sized_for_tuning_and_generating(nope, tmp_path):
+    small_model(vocabulary_size=61).save_pretrained(tmp_path / "model")
+    found = json.loads(nope("size", "--model", "model", "--method", "dpo", "--json").stdout)
+    assert found["settings"]["vocabulary_size"] == 61
+    assert found["settings"]["num_decoder_layers"] == 2
+    assert "compute_optimal" not in found
+    planned = nope("size", "--model", "model", "--method", "lora", "--memory", "2GB", "--json")
+    (plan,) = json.loads(planned.stdout)["plans"]
+    assert plan["command"].startswith("nope tune --model model --batch-size 128 ")
+    missing = nope("size", "--model", "nowhere")
+    assert missing.returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--memory", "0GB"], 2, "'0GB' is not an amount of memory"),
+        (["--memory=-4GB"], 2, "'-4GB' is not an amount of memory"),
+        (["--memory", "9999999TB"], 2, "'9999999TB' is more memory than there is"),
+        (["--memory", "1MB"], 4, "the largest part is optimizer"),
+        (["--embedding-dimensions", "100", "--num-q-heads", "3"], 2, "must be a multiple"),
+        (["--gpu", "rtx9090"], 2, "--gpu is 'rtx9090', which is not known"),
+        (["--days", "3"], 2, "--days needs to know how fast the device is"),
+        (["--format", "xml"], 2, "--format is 'xml', and must be text or markdown"),
+        (["--plot", "chart.doc"], 2, "--plot is 'chart.doc', and must end in one of .png"),
+        (["--method", "lora", "--memory", "8GB"], 2, "--method lora needs a model to tune"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(nope, words, code, said):
+    done = nope("size", *words)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert said in done.stderr
+
+
+def test_a_step_is_rehearsed_and_measured_and_later_answers_know_the_machine(nope, tmp_path):
+    shape = ["--embedding-dimensions", 64, "--num-q-heads", 2, "--num-kv-heads", 1]
+    small = [*shape, "--num-hidden-layers", 2, "--tokens-per-sample", 128, "--device", "cpu"]
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = nope("size", *small, "--verify", "--measure", "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    compared = json.loads(done.stdout)["comparison"]
+    assert compared["rehearsed"] == pytest.approx(compared["calculated"], rel=0.03)
+    assert compared["measured"]["peak"] == pytest.approx(compared["rehearsed"], rel=0.05)
+    speed = compared["measured"]["flops"]
+    later = nope("size", *small, env=env).stdout
+    assert f"as measured on {compared['measured']['device']}" in later
+    plans = json.loads(nope("size", "--memory=2GB", *small, "--json", env=env).stdout)["plans"]
+    plan = plans[0]
+    per_token = training_flops_per_token(
+        SizeConfig(**plan["settings"]), plan["settings"]["tokens_per_sample"], causal=False
+    )
+    assert plan["seconds"] == pytest.approx(plan["tokens"] * per_token / speed, rel=0.01)
+    (tmp_path / "cache" / "nope-gpt" / "calibrations.json").write_text("[broken")
+    assert "n/a: name the device with --gpu" in nope("size", *small, env=env).stdout
+
+
+@pytest.mark.parametrize("name", ["chart.png", "chart.svg"])
+def test_parts_are_drawn(nope, tmp_path, name):
+    assert nope("size", "--plot", name).returncode == 0
+    content = (tmp_path / name).read_bytes()
+    assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
+
+
+# The trainer
+
+
+def test_the_batch_that_fits_is_found_and_each_update_stays_the_same(nope, corpus, tmp_path):
+    byte_dataset(corpus, tmp_path / "datasets")
+    words = ["pretrain", "--preset", "tiny", "--tokens-per-sample", 64, "--device", "cpu"]
+    plain = json.loads(nope(*words, "--dry-run", "--json").stdout)
+    auto = json.loads(nope(*words, "--batch_size=auto", "--dry-run", "--json").stdout)
+    assert auto["tokens_per_step"] == plain["tokens_per_step"]
+    done = nope(*words, "--batch-size", "auto", "--max-steps", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "runs" / "pretrain" / "run.json").read_text())["config"]
+    assert record["batch_size"] * record["gradient_accumulation_steps"] == 8
+    assert not record["auto_batch_size"]
+
+
+@pytest.mark.parametrize("left", [430, 460, 600])
+def test_a_batch_is_as_large_as_the_memory_allows(monkeypatch, left):
+    monkeypatch.setattr(planning, "memory_of", lambda _: left * 10**6)
+    config = PretrainConfig(**SHAPE_TINY, tokens_per_sample=512, auto_batch_size=True)
+    model = ModelConfig(**SHAPE_TINY, vocabulary_size=256)
+    found = planning.fitted(config, model, CPU)
+    assert found.batch_size * found.gradient_accumulation_steps == 256
+
+    def needed(batch: int) -> int:
+        other = config.changed(batch_size=batch, gradient_accumulation_steps=256 // batch)
+        work = planning.workload(other, model, CPU)
+        return training_memory(work).peak + snapshot(work)
+
+    usable = usable_memory(left * 10**6, "cpu")
+    assert needed(found.batch_size) <= usable < needed(2 * found.batch_size)
+
+
+def test_a_device_too_small_for_one_sample_is_refused_with_a_lever(monkeypatch):
+    monkeypatch.setattr(planning, "memory_of", lambda _: 395 * 10**6)
+    with pytest.raises(CapacityError, match=r"one sample at a time needs .* has 4.0 MB") as caught:
+        planning.fitted(PretrainConfig(auto_batch_size=True), ModelConfig(), CPU)
+    assert caught.value.hint == "add --activation-checkpointing"
+
+
+# Budgets
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.parametrize("memory", ["0.5GB", "1GB", "2GB"])
+def test_a_plan_trains_in_a_process_that_can_have_no_more(nope, corpus, tmp_path, memory):
+    """Three steps, an evaluation and a checkpoint, of the printed line as it is but for its end."""
+    byte_dataset(corpus, tmp_path / "datasets")
+    data = ["--vocabulary-size", 256, "--tokens-per-sample", 256, "--device", "cpu"]
+    found = json.loads(nope("size", "--memory", memory, *data, "--json").stdout)
+    plan = next(plan for plan in found["plans"] if "largest" in plan["names"])
+    _, *words = shlex.split(plan["command"])
+    words += ["--gradient-accumulation-steps", "2", "--max-steps", "3", "--num-eval-samples", "4"]
+    kilobytes = parse_memory(memory) // 1024
+    done = nope(*words, shell=f'ulimit -d {kilobytes}; exec "$0" "$@"')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "pretrain" / "checkpoints" / "step-3").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [8, 24, 80])
+def test_large_plans_are_those_of_a_rehearsal(memory):
+    for plan in Planner(SizeConfig(), memory * 10**9, Machine()).plans():
+        work = plan.work.changed(device="cpu")
+        rehearsed = rehearsed_peak(work, CPU)
+        assert training_memory(work).peak == pytest.approx(rehearsed, rel=0.03)
+        assert rehearsed <= plan.usable
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_compiled_steps_take_what_is_said_or_up_to_a_tenth_less(
+    precision, activation_checkpointing
+):
+    if compilation.obstacle(CPU):
+        pytest.skip(compilation.obstacle(CPU))
+    work = SMALL.changed(
+        compile="on",
+        precision=precision,
+        activation_checkpointing=activation_checkpointing,
+        batch_size=4,
+        tokens_per_sample=256,
+        vocabulary_size=500,
+    )
+    allocated_peak(work)  # Compiles.
+    peak = allocated_peak(work)
+    assert peak <= training_memory(work).peak <= 1.1 * peak
+    eager = training_memory(work.changed(compile="auto")).peak
+    assert peak <= eager

@@ -9,7 +9,18 @@ import sys
 import typer
 
 from nope_gpt import __version__
-from nope_gpt.cli import chat, export, generate, inspect, prepare, pretrain, quickstart, size, tune
+from nope_gpt.cli import (
+    chat,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    prepare,
+    pretrain,
+    quickstart,
+    size,
+    tune,
+)
 from nope_gpt.cli.options import normalize
 
 app = typer.Typer(
@@ -38,6 +49,7 @@ app.command("tune", rich_help_panel=MAKE)(tune.command)
 app.command("export", rich_help_panel=MAKE)(export.command)
 app.command("generate", rich_help_panel=USE)(generate.command)
 app.command("chat", rich_help_panel=USE)(chat.command)
+app.command("eval", rich_help_panel=USE)(evaluate.command)
 app.command("size", rich_help_panel=USE)(size.command)
 
 

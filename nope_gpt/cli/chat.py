@@ -57,11 +57,12 @@ def opened(config: ChatConfig, tell: Callable[[float], None] = lambda _: None) -
         NopeError: It cannot be loaded.
     """
     from nope_gpt.chat import session_of
-    from nope_gpt.cli.loading import find_model, load_model
+    from nope_gpt.cli.loading import find_model, load_model, plan_context
     from nope_gpt.tokenization import ChatTokenizer
     from nope_gpt.tools import load_tools
 
     model, tokenizer = load_model(find_model(config, "chat"), config, tell)
+    plan_context(model, config.context_length)
     if not isinstance(tokenizer, ChatTokenizer):
         say(
             "note: this is a base model, which was never taught to take turns: it continues what "

@@ -60,7 +60,7 @@ def command(
     - `nope generate --input prompts.jsonl --output texts.jsonl --model runs/pretrain`
     """
     refuse_contradictions(config, input, output, prompt or prompt_file, json)
-    from nope_gpt.cli.loading import open_model
+    from nope_gpt.cli.loading import open_model, plan_context
 
     if input is not None:
         from nope_gpt.cli.many import answer_file
@@ -70,7 +70,8 @@ def command(
     text = read_prompt(prompt, prompt_file)
     model, tokenizer = open_model(config, "generate")
     tokens = tokenizer.tokenize(text) or [tokenizer.end_of_text]
-    if len(tokens) > config.context_length:
+    plan_context(model, min(config.context_length, len(tokens) + config.max_tokens))
+    if len(tokens) > config.context_length - (model.first_token is not None):
         pinned = f"the first {config.pin_tokens:,} and " if config.pin_tokens else ""
         say(
             f"note: the prompt has {len(tokens):,} tokens, and only {pinned}the last "

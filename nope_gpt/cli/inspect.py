@@ -15,7 +15,7 @@ from rich.text import Text
 from nope_gpt.cli.options import friendly
 from nope_gpt.cli.terminal import result, waiting
 from nope_gpt.errors import MissingError
-from nope_gpt.sizing import format_bytes
+from nope_gpt.sizing.units import format_bytes
 
 if TYPE_CHECKING:
     from nope_gpt.data.encoding import EncodedDocument

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from nope_gpt import adapters, hub
+from nope_gpt import adapters, hub, reach
 from nope_gpt.cli.terminal import say, waiting
-from nope_gpt.config import GenerateConfig, SamplingConfig
+from nope_gpt.config import GenerateConfig, ModelChoice, SamplingConfig
 from nope_gpt.device import draw_seed, has_bfloat16, resolve_device, seed_of
 from nope_gpt.errors import UsageError
 from nope_gpt.hub import Tell
 from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
+from nope_gpt.sharpening import NONE
 from nope_gpt.tokenization import BaseTokenizer, tokenizer_of
 
 
@@ -28,17 +29,24 @@ def open_model(config: SamplingConfig, command: str) -> tuple[NoPEGPT, BaseToken
     with waiting(f"loading {config.model}"):
         model, tokenizer = load_model(directory, config)
     torch.manual_seed(draw_seed() if config.seed is None else config.seed)
-    length = model.trained_context_length
-    if length and config.context_length > length and config.max_tokens > length:
-        say(
-            f"note: trained on {length:,} tokens of context; what it writes beyond them may "
-            f"be worse",
-            style="dim",
-        )
     return model, tokenizer
 
 
-def find_model(config: SamplingConfig, command: str) -> Path:
+def plan_context(model: NoPEGPT, planned: int) -> None:
+    """Prepare a model for a context of so many tokens, and say what that means."""
+    trained = model.trained_context_length
+    if trained is None or planned <= trained:
+        return
+    found = reach.plan_context(model, planned)
+    done = (
+        f"its attention is scaled by {found.told}, as `nope eval --calibrate` found"
+        if found != NONE
+        else "what it writes beyond them may be worse"
+    )
+    say(f"note: trained on {trained:,} tokens of context; {done}", style="dim")
+
+
+def find_model(config: ModelChoice, command: str) -> Path:
     """The directory of the model that is named, downloaded if it is on the Hub.
 
     Raises:
@@ -53,7 +61,7 @@ def find_model(config: SamplingConfig, command: str) -> Path:
 
 
 def load_model(
-    directory: Path, config: SamplingConfig, tell: Tell = lambda _: None
+    directory: Path, config: ModelChoice, tell: Tell = lambda _: None
 ) -> tuple[NoPEGPT, BaseTokenizer]:
     """Load a model and its tokenizer, adapters folded in, without a word on the terminal.
 

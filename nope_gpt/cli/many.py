@@ -11,7 +11,7 @@ from typing import Any
 
 from nope_gpt.artifacts import writing
 from nope_gpt.batching import Request, answers
-from nope_gpt.cli.loading import open_model, seed_for
+from nope_gpt.cli.loading import open_model, plan_context, seed_for
 from nope_gpt.cli.terminal import Pace, duration, progress_bar, result, say, talk
 from nope_gpt.config import GenerateConfig
 from nope_gpt.errors import MissingError, NopeError, UsageError
@@ -36,7 +36,10 @@ def answer_file(config: GenerateConfig, source: Path, target: Path, *, as_json: 
         if number >= done
         for i in range(config.num_samples)
     ]
-    long = sum(len(request.prompt) > config.context_length for request in requests)
+    longest = max((len(request.prompt) for request in requests), default=0)
+    plan_context(model, min(config.context_length, longest + config.max_tokens))
+    room = config.context_length - (model.first_token is not None)
+    long = sum(len(request.prompt) > room for request in requests)
     if long:
         say(
             f"note: {long // config.num_samples:,} prompts are longer than the context, and only "

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from nope_gpt.cli.terminal import fail
-from nope_gpt.config import PRESETS
+from nope_gpt.config import IMPLIED, PRESETS
 from nope_gpt.errors import Interrupted, NopeError, UsageError
 from nope_gpt.knobs import TEXTS, Knobs, flag_of, kind_of, known_fields, read_settings, resolve
 
@@ -22,6 +22,9 @@ C = TypeVar("C", bound=Knobs)
 
 Layers = list[tuple[str, Mapping[str, Any]]]
 """Settings, weakest first, each with where they come from."""
+
+AUTO = "auto"
+"""A value of --batch-size, which is a number otherwise."""
 
 LATEST = "latest"
 """What a bare --resume means."""
@@ -47,12 +50,17 @@ def normalize(arguments: list[str]) -> list[str]:
     """Spell flags as they are spelled today: kebab-case, and one name for each thing.
 
     `--batch_size=2` becomes `--batch-size=2`, `--lora_rank` becomes `--rank`. For the
-    commands that only read a model, `--checkpoint_path` is `--model`. What follows a bare
+    commands that only read a model, `--checkpoint_path` is `--model`. `--batch-size auto` is a
+    switch of its own. What follows a bare
     `--` is left alone.
     """
     command = next((word for word in arguments if not word.startswith("-")), None)
     result: list[str] = []
+    skipped = False
     for index, word in enumerate(arguments):
+        if skipped:
+            skipped = False
+            continue
         if word == "--":
             return result + arguments[index:]
         if not word.startswith("--"):
@@ -60,11 +68,13 @@ def normalize(arguments: list[str]) -> list[str]:
             continue
         flag, equals, value = word[2:].partition("=")
         flag = flag.replace("_", "-")
+        following = next(iter(arguments[index + 1 :]), "-")
+        if flag == "batch-size" and (value if equals else following) == AUTO:
+            flag, equals, value, skipped = "auto-batch-size", "", "", not equals
         if flag in RETIRED:
             fail(UsageError(f"--{flag} is gone: {RETIRED[flag]}"))
         if flag == "checkpoint-path" and command in ("generate", "chat"):
             flag = "model"
-        following = next(iter(arguments[index + 1 :]), "-")
         if flag == "resume" and not equals and following.startswith("-"):
             equals, value = "=", LATEST
         result.append(f"--{SPELLINGS.get(flag, flag)}{equals}{value}")
@@ -98,6 +108,7 @@ def configured(
                 flags = {name: values.pop(name) for name in names}
                 given = {name: value for name, value in flags.items() if value not in (None, [])}
                 layers.append(("the command line", given))
+                base = implied_layers(config_type, base + layers) + base
                 if RESUME in arguments:
                     chosen = values["resume"]
                     values["resume"], stored = resumption(config_type, base + layers, chosen)
@@ -120,6 +131,13 @@ def preset_layers(values: dict[str, Any], presets: Mapping[str, Mapping[str, Any
     if preset not in presets:
         raise UsageError(f"--preset is {preset!r}, and must be one of {', '.join(presets)}")
     return [(f"--preset {preset}", presets[preset])]
+
+
+def implied_layers(config_type: Any, layers: Layers) -> Layers:
+    """The settings that go with others that were given."""
+    given = {name for _, layer in layers for name, value in layer.items() if value is not None}
+    implied = IMPLIED.get(config_type, {}).items()
+    return [(f"--{name}", settings) for name, settings in implied if name in given]
 
 
 def file_layers(values: dict[str, Any]) -> Layers:

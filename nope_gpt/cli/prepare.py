@@ -18,7 +18,7 @@ from nope_gpt.cli.terminal import (
     talk,
 )
 from nope_gpt.config import PrepareConfig
-from nope_gpt.sizing import format_bytes
+from nope_gpt.sizing.units import format_bytes
 
 if TYPE_CHECKING:
     from nope_gpt.data.commit import Prepared

@@ -9,7 +9,7 @@ from nope_gpt.cli.launching import GPUS, launch
 from nope_gpt.cli.options import JSON, RESUME, configured, option
 from nope_gpt.cli.terminal import duration, result, result_of_ranks
 from nope_gpt.config import PretrainConfig
-from nope_gpt.sizing import format_bytes, format_count
+from nope_gpt.sizing.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from nope_gpt.training.planning import DryRun

@@ -2,105 +2,190 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
-from nope_gpt import sizing
-from nope_gpt.cli.options import JSON, configured
+from nope_gpt.cli.options import JSON, configured, option
 from nope_gpt.cli.terminal import result
-from nope_gpt.config import SizeConfig
-from nope_gpt.sizing import format_bytes, format_count
+from nope_gpt.config import ModelConfig, SizeConfig
+from nope_gpt.errors import UsageError
+from nope_gpt.sizing.calibration import store
+from nope_gpt.sizing.memory import training_memory, usable_memory
+from nope_gpt.sizing.plans import Planner
+from nope_gpt.sizing.report import (
+    Section,
+    facts,
+    facts_of_plan,
+    section_of_plan,
+    sections,
+    workload_in_words,
+)
+from nope_gpt.sizing.time import Machine
+from nope_gpt.sizing.units import format_bytes, parse_memory
+
+BAR = 24
+"""Characters of the whole."""
+
+FORMAT = option("format", str, "text, or markdown.", default="text", metavar="[text|markdown]")
+
+VERIFY = option(
+    "verify",
+    bool,
+    "Rehearse the step of training on tensors without numbers, and compare: seconds, no GPU.",
+    default=False,
+)
+
+MEASURE = option(
+    "measure",
+    bool,
+    "Train three real steps on this machine, and compare the memory and the speed.",
+    default=False,
+)
+
+PLOT = option(
+    "plot",
+    Path | None,
+    "Draw parameters and operations by part, as PNG or SVG.",
+    metavar="FILE",
+)
 
 
-@configured(SizeConfig, JSON)
-def command(config: SizeConfig, json: bool) -> None:
-    """Calculate parameters, memory and arithmetic of a shape, before training it.
+@configured(SizeConfig, VERIFY, MEASURE, PLOT, FORMAT, JSON)
+def command(
+    config: SizeConfig, verify: bool, measure: bool, plot: Path | None, format: str, json: bool
+) -> None:
+    """Calculate what a shape takes: parameters, memory, arithmetic, time and money.
 
-    With --memory, find the largest published shape that trains in that much, and the
-    line that does it.
+    With --memory or --gpu, plan what to train in that: each plan ends in a line to type.
 
     Examples:
 
-    - `nope size --embedding-dimensions 2048 --num-q-heads 32 --num-kv-heads 8`
+    - `nope size`
 
     - `nope size --memory 24GB`
+
+    - `nope size --gpu rtx4090 --days 7 --price 0.4`
+
+    - `nope size --embedding-dimensions 2048 --num-q-heads 32 --num-kv-heads 8 --verify`
+
+    - `nope size --model runs/pretrain --method lora --batch-size 4`
     """
-    plan = None
-    if config.memory is not None:
-        memory = sizing.parse_memory(config.memory)
-        plan = sizing.largest_that_trains(memory, config)
-        config = plan.config
-    facts = describe(config)
-    if plan is not None:
-        usable = sizing.usable_memory(memory)
-        facts |= {"plan": plan.name, "usable_memory": usable, "command": plan.command}
-    result(table(config, facts), facts, json)
+    if format not in ("text", "markdown"):
+        raise UsageError(f"--format is {format!r}, and must be text or markdown")
+    if config.model is not None:
+        config = shaped_as_model(config, config.model)
+    machine = Machine.of(config)
+    found: dict[str, Any]
+    if config.memory is None and machine.memory is None:
+        found = facts(config, machine)
+        tables = sections(config, machine, found)
+    else:
+        memory = parse_memory(config.memory) if config.memory else machine.memory or 0
+        plans = Planner(config, memory, machine).plans()
+        found = {
+            "memory": memory,
+            "usable": usable_memory(memory, config.device),
+            "plans": [facts_of_plan(plan, config.price) for plan in plans],
+        }
+        tables = [section_of_plan(plan, config) for plan in plans]
+        tables.insert(0, summary(found, config))
+        config = plans[0].work
+    if verify or measure:
+        add_comparison(config, found, tables, verify=verify, measure=measure)
+    if plot is not None:
+        from nope_gpt.cli.plotting import draw_shape, figure_for, save
+
+        figure = figure_for(plot, 9, 3.2)
+        draw_shape(config, figure)
+        save(figure, plot)
+    drawn = markdown(tables) if format == "markdown" else text(tables)
+    result(drawn, found, json)
 
 
-def describe(config: SizeConfig) -> dict[str, Any]:
-    """Everything that `nope size` knows about a shape, in units of one."""
-    tokens = config.tokens_per_sample
-    optimal = sizing.compute_optimal_tokens(config)
-    memory = sizing.training_memory(config)
-    return {
-        "parameters": {
-            **sizing.count_parameters(config).as_dict(),
-            "total": sizing.count_parameters(config).total,
-        },
-        "forward_flops_per_sample": sizing.forward_flops(config, tokens),
-        "training_flops_per_token": {
-            "causal": sizing.training_flops_per_token(config, tokens, causal=True),
-            "palm": sizing.training_flops_per_token(config, tokens, causal=False),
-        },
-        "compute_optimal_tokens": optimal,
-        "compute_optimal_flops": sizing.training_flops(config, tokens, optimal, causal=True),
-        "training_memory": {**memory.as_dict(), "peak": memory.peak},
-        "inference_memory": {
-            "tokens": tokens,
-            "bytes": sizing.inference_memory(config, tokens, 4).total,
-        },
-        "settings": config.as_dict(),
-    }
+def shaped_as_model(config: SizeConfig, model: str) -> SizeConfig:
+    """The config with the shape of a model that is there."""
+    from nope_gpt import hub
+    from nope_gpt.locating import locate
+
+    shape = hub.load(locate(model)).config
+    return replace(
+        config, **{field.name: getattr(shape, field.name) for field in fields(ModelConfig)}
+    )
 
 
-def table(config: SizeConfig, facts: dict[str, Any]) -> str:
-    """The facts for people, a section for each question."""
-    parameters, memory = facts["parameters"], facts["training_memory"]
-    flops = facts["training_flops_per_token"]
-    head = [
-        f"{config.embedding_dimensions} dimensions, {config.num_q_heads}/{config.num_kv_heads} "
-        f"heads, {config.num_decoder_layers} layers, hidden ratio {config.hidden_ratio}, "
-        f"vocabulary {config.vocabulary_size:,}",
-        "",
-        *section("Parameters", {name: f"{count:,}" for name, count in parameters.items()}),
-        *section(
-            f"Memory to train, {config.batch_size} x {config.tokens_per_sample:,} tokens, "
-            f"{config.optimizer}, {config.precision}"
-            f"{', activation checkpointing' if config.activation_checkpointing else ''}",
-            {name: format_bytes(amount) for name, amount in memory.items() if amount},
-        ),
-        *section(
-            "Arithmetic",
-            {
-                "forward pass of a sample": f"{facts['forward_flops_per_sample']:.3e} FLOPs",
-                "training, per token": f"{flops['causal']:.3e} FLOPs (causal), "
-                f"{flops['palm']:.3e} (PaLM convention)",
-                "compute-optimal": f"{format_count(facts['compute_optimal_tokens'])} tokens "
-                f"(20 per parameter), {facts['compute_optimal_flops']:.3e} FLOPs",
-            },
-        ),
-        *section(
-            f"Memory to generate with {config.tokens_per_sample:,} tokens of context, float32",
-            {"weights and cache": format_bytes(facts["inference_memory"]["bytes"])},
-        ),
+def summary(found: dict[str, Any], config: SizeConfig) -> Section:
+    """What the plans are for."""
+    rows: list[tuple[str, str, float | None]] = [
+        ("memory", format_bytes(found["memory"]), None),
+        ("usable", f"{format_bytes(found['usable'])} for tensors", None),
     ]
-    if "plan" in facts:
-        usable = format_bytes(facts["usable_memory"])
-        head += [f"{facts['plan']} trains in {usable} of usable memory:", f"  {facts['command']}"]
-    return "\n".join(head).rstrip()
+    return Section(f"Plans for {config.gpus} x {config.gpu or config.device}", rows)
 
 
-def section(title: str, rows: dict[str, str]) -> list[str]:
-    """A title and rows below it, names and values in columns."""
-    width = max(map(len, rows)) + 2
-    lines = [f"  {name.replace('_', ' '):<{width}}{value}" for name, value in rows.items()]
-    return [title, *lines, ""]
+def add_comparison(
+    config: SizeConfig,
+    found: dict[str, Any],
+    tables: list[Section],
+    *,
+    verify: bool,
+    measure: bool,
+) -> None:
+    """Count on our own code what was calculated."""
+    from nope_gpt.cli.terminal import waiting
+    from nope_gpt.device import resolve_device
+    from nope_gpt.training import measuring
+
+    device = resolve_device("auto")
+    config = config.changed(device="cpu" if device.type == "cpu" else "cuda", gpus=1)
+    closed = training_memory(config).peak
+    rows: list[tuple[str, str, float | None]] = [("calculated", format_bytes(closed), None)]
+    comparison: dict[str, Any] = {"calculated": closed}
+    if verify:
+        with waiting("rehearsing two steps without numbers"):
+            rehearsed = measuring.rehearsed_peak(config, device)
+        comparison["rehearsed"] = rehearsed
+        rows.append(("rehearsed", compared(rehearsed, closed), None))
+    if measure:
+        with waiting("training some steps"):
+            measured = measuring.measured(config, device)
+        comparison["measured"] = measured.as_dict()
+        rows += [
+            ("measured", compared(measured.peak, closed), None),
+            ("speed", f"{measured.tokens_per_second:,.0f} tokens/s", None),
+            ("noted in", str(store()), None),
+        ]
+    found["comparison"] = comparison
+    words = workload_in_words(config)
+    tables.append(Section(f"Memory of a step on {device.type}: {words}", rows))
+
+
+def compared(amount: int, closed: int) -> str:
+    """An amount, and how far off the calculated one is."""
+    return f"{format_bytes(amount)} (calculated: {closed / amount - 1:+.1%})"
+
+
+def text(tables: list[Section]) -> str:
+    """Sections with columns and bars."""
+    lines: list[str] = []
+    for table in tables:
+        names = max(len(name) for name, _, _ in table.rows)
+        values = max((len(value) for _, value, share in table.rows if share is not None), default=0)
+        lines.append(table.title)
+        for name, value, share in table.rows:
+            bar = "" if share is None else f"{value:<{values}}  {'█' * round(share * BAR)}"
+            lines.append(f"  {name:<{names}}  {bar or value}".rstrip())
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def markdown(tables: list[Section]) -> str:
+    """Sections as tables of a document."""
+    lines: list[str] = []
+    for table in tables:
+        lines += [f"**{table.title}**", "", "| | |", "|---|---|"]
+        for name, value, share in table.rows:
+            shown = f"`{value}`" if name == "run" else value
+            lines.append(f"| {name} | {shown}{'' if share is None else f' ({share:.0%})'} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()

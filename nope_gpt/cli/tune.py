@@ -31,8 +31,11 @@ def command(config: TuneConfig, resume: bool | Path, gpus: int | None, json: boo
       smol-magpie-ultra:0.5,smol-summarize@20000`
 
     - `nope tune --model runs/tune --dataset pairs.jsonl --run-name preferences`
+
+    - `nope tune --extend 2x --model runs/pretrain`
     """
     from nope_gpt.cli.watching import Watcher
+    from nope_gpt.training.extending import extend
     from nope_gpt.training.tuning import tune
 
     source = source_of(config)
@@ -43,7 +46,8 @@ def command(config: TuneConfig, resume: bool | Path, gpus: int | None, json: boo
         more = ["--dataset", str(config.dataset), "--dataset-subset", "all"] if source else []
         launch(config, gpus, more)
         return
-    path = tune(config, [Watcher("tune")], resume=resume)
+    verb = extend if config.extend else tune
+    path = verb(config, [Watcher("tune")], resume=resume)
     result_of_ranks(str(path), {"run": str(path)}, json)
 
 
@@ -87,12 +91,14 @@ def prepared(source: str, config: TuneConfig) -> str:
     say(estimated(data.dry_run([source], settings)), style="dim")
     with Watcher() as watcher:
         made = data.prepare([source], settings, watcher)
-    fitting = [item for item in made if item.manifest["content"] != TEXT]
+    is_text = config.extend is not None
+    fitting = [item for item in made if (item.manifest["content"] == TEXT) == is_text]
     if not fitting:
+        held, wanted = ("conversations", "text") if is_text else ("text", "conversations")
         raise UsageError(
-            "this holds text, and no conversations",
+            f"this holds {held}, and no {wanted}",
             where=source,
-            hint="`nope pretrain` trains on text",
+            hint="--extend learns on text" if is_text else "`nope pretrain` trains on text",
         )
     if len(fitting) > 1:
         names = ", ".join(item.path.name for item in fitting)

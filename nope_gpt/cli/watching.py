@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.progress import Progress, TaskID
 
 from nope_gpt.cli.terminal import Pace, duration, progress_bar, say, talk
-from nope_gpt.sizing import format_bytes
+from nope_gpt.sizing.units import format_bytes
 from nope_gpt.training.reporting import EvaluationReport, Listener, Plan, StepReport
 
 

@@ -5,23 +5,32 @@ another word (`num_decoder_layers`, `hidden_ratio`), the field has theirs, becau
 a field is also a key of config.json, and the knob names its flag.
 """
 
+from nope_gpt.config.evaluation import EvaluateConfig
+from nope_gpt.config.opening import ModelChoice
 from nope_gpt.config.panels import MODEL
 from nope_gpt.config.preparing import PrepareConfig
-from nope_gpt.config.presets import PRESETS, SHAPE_400M, SHAPE_TINY
+from nope_gpt.config.presets import IMPLIED, PRESETS, SHAPE_400M, SHAPE_TINY
+from nope_gpt.config.pretraining import ENCODINGS, PretrainConfig
 from nope_gpt.config.sampling import ChatConfig, GenerateConfig, SamplingConfig
 from nope_gpt.config.shape import ModelConfig, ModelShape
-from nope_gpt.config.tools import ExportConfig, QuickstartConfig, SizeConfig
-from nope_gpt.config.training import ENCODINGS, PretrainConfig, TrainingConfig, TuneConfig
+from nope_gpt.config.sizing import SizeConfig, Workload
+from nope_gpt.config.tools import ExportConfig, QuickstartConfig
+from nope_gpt.config.training import LOSS_CHUNK, TrainingConfig
+from nope_gpt.config.tuning import TuneConfig
 
 __all__ = [
     "ENCODINGS",
+    "IMPLIED",
+    "LOSS_CHUNK",
     "MODEL",
     "PRESETS",
     "SHAPE_400M",
     "SHAPE_TINY",
     "ChatConfig",
+    "EvaluateConfig",
     "ExportConfig",
     "GenerateConfig",
+    "ModelChoice",
     "ModelConfig",
     "ModelShape",
     "PrepareConfig",
@@ -31,4 +40,5 @@ __all__ = [
     "SizeConfig",
     "TrainingConfig",
     "TuneConfig",
+    "Workload",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nope_gpt.config.training import PretrainConfig, TuneConfig
+from nope_gpt.config.pretraining import PretrainConfig
+from nope_gpt.config.tuning import EXTENSION, TuneConfig
 from nope_gpt.knobs import Knobs
 
 SHAPE_TINY: dict[str, Any] = {
@@ -87,3 +88,6 @@ PRESETS: dict[type[Knobs], dict[str, dict[str, Any]]] = {
         "seed": {**SEED_RECIPE, "embeddings": "all", "packing": False},
     },
 }
+
+IMPLIED: dict[type[Knobs], dict[str, dict[str, Any]]] = {TuneConfig: {"extend": EXTENSION}}
+"""Settings that another setting implies, unless they are given too."""

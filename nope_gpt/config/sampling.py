@@ -6,27 +6,16 @@ import dataclasses
 import functools
 import math
 
+from nope_gpt.config.opening import ModelChoice
 from nope_gpt.config.panels import MODEL, RUN, SAMPLING
 from nope_gpt.errors import UsageError
-from nope_gpt.knobs import Knobs, knob
+from nope_gpt.knobs import knob
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig(Knobs):
+class SamplingConfig(ModelChoice):
     """How the next token is drawn: penalty, then top-k, then temperature, then top-p."""
 
-    model: str | None = knob(
-        None,
-        "A run, checkpoint or export directory, or a Hub id.",
-        panel=MODEL,
-        shown_default="required",
-    )
-    adapter: tuple[str, ...] = knob(
-        (),
-        "Adapter to fold into the model: a run of `nope tune`, or a checkpoint of one; may be "
-        "given again, the older one first.",
-        panel=MODEL,
-    )
     max_tokens: int = knob(2000, "Tokens to generate, at most.", panel=SAMPLING, minimum=1)
     context_length: int = knob(
         4096, "Tokens that the model may look back on.", panel=SAMPLING, minimum=1
@@ -89,14 +78,6 @@ class SamplingConfig(Knobs):
     )
     colorize_tokens: bool = knob(
         False, "Colour each token by its probability, green to red.", panel=SAMPLING
-    )
-    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps.", panel=RUN)
-    dtype: str = knob(
-        "auto",
-        "What the weights are kept in: float32, bfloat16 or int8. auto takes bfloat16 where "
-        "the hardware has it, and float32 elsewhere.",
-        panel=RUN,
-        choices=("auto", "float32", "bfloat16", "int8"),
     )
     compile: str = knob(
         "auto",

@@ -1,13 +1,11 @@
-"""The knobs of `export`, `size` and `quickstart`."""
+"""The knobs of `export` and `quickstart`."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 
-from nope_gpt.config.panels import DATA, MODEL, OPTIMIZATION, RUN
-from nope_gpt.config.shape import ModelConfig
-from nope_gpt.config.training import LEARNING_RATES
+from nope_gpt.config.panels import MODEL, OPTIMIZATION, RUN
 from nope_gpt.errors import UsageError
 from nope_gpt.knobs import Knobs, knob
 
@@ -106,37 +104,6 @@ class ExportConfig(Knobs):
         """Each quantization once."""
         parts = (part.strip().lower() for part in (self.quantize or "").split(","))
         return list(dict.fromkeys(part for part in parts if part))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SizeConfig(ModelConfig):
-    """A shape to its parameters, memory and time."""
-
-    tokens_per_sample: int = knob(4096, "Tokens in a training sequence.", panel=DATA, minimum=1)
-    batch_size: int = knob(
-        1, "Samples that pass through the network at a time.", panel=OPTIMIZATION, minimum=1
-    )
-    optimizer: str = knob(
-        "muon",
-        "muon, adamw or adafactor.",
-        panel=OPTIMIZATION,
-        choices=tuple(LEARNING_RATES),
-    )
-    precision: str = knob(
-        "bfloat16",
-        "float32, or bfloat16 autocast.",
-        panel=RUN,
-        choices=("float32", "bfloat16"),
-    )
-    activation_checkpointing: bool = knob(
-        False, "Recompute activations in the backward pass.", panel=OPTIMIZATION
-    )
-    memory: str | None = knob(
-        None,
-        "Memory to train in, such as 24GB or 24GiB: answers with the largest published shape "
-        "that trains in it.",
-        panel=RUN,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,11 +28,14 @@ T = TypeVar("T")
 class Batch(NamedTuple):
     """A micro-batch: token ids, the token after each or -100, and the number of its document
     where documents are kept apart; all of them [B, T].
+
+    `num_documents` is how many lie end to end, where that is what the batch was made of.
     """
 
     tokens: Tensor
     targets: Tensor
     documents: Tensor | None = None
+    num_documents: int = 0
 
     @property
     def num_trained(self) -> int:
@@ -47,9 +50,21 @@ class Batch(NamedTuple):
         """The same in memory that a GPU can read by itself."""
         return self.each(Tensor.pin_memory)
 
+    def in_pieces(self, length: int) -> Batch:
+        """The same tokens as rows of another length, which divides theirs."""
+        return self.each(lambda x: x.view(-1, length))
+
+    def beginning_with(self, token: int | None) -> Batch:
+        """The same with another first token in each row, if one is given."""
+        if token is None:
+            return self
+        tokens = self.tokens.clone()
+        tokens[:, 0] = token
+        return self._replace(tokens=tokens)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         documents = None if self.documents is None else change(self.documents)
-        return Batch(change(self.tokens), change(self.targets), documents)
+        return Batch(change(self.tokens), change(self.targets), documents, self.num_documents)
 
 
 class Batches(Protocol):

@@ -170,8 +170,8 @@ def end_to_end(samples: Sequence[Sample]) -> Batch:
     targets = np.where(is_trained, targets, IGNORED)
     lengths = [document.tokens.size - 1 for document in documents]
     numbers = np.repeat(np.arange(len(documents), dtype=np.int32), lengths)
-    rows = (torch.from_numpy(row)[None] for row in (tokens, targets, numbers))
-    return Batch(*rows)
+    rows = [torch.from_numpy(row)[None] for row in (tokens, targets, numbers)]
+    return Batch(rows[0], rows[1], rows[2], len(documents))
 
 
 def padded(samples: Sequence[Sample]) -> Batch:

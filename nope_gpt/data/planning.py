@@ -23,7 +23,7 @@ from nope_gpt.data.schedule import FILES_AHEAD, Group
 from nope_gpt.data.sources import STANDARD_INPUT, Source
 from nope_gpt.data.staging import SUFFIX, Part
 from nope_gpt.errors import CapacityError, UsageError
-from nope_gpt.sizing import format_bytes
+from nope_gpt.sizing.units import format_bytes
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 UNPACKED = 1.64

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nope_gpt.evaluation import record
 from nope_gpt.export.parity import Report
 from nope_gpt.export.source import Source
 from nope_gpt.history import Stage
@@ -38,10 +39,11 @@ def model_card(
         front_matter(format, source),
         f"# {name}",
         f"A NoPE GPT {kind}: a decoder-only transformer without positional embeddings.",
-        table(architecture(source)),
+        table(architecture(source, format)),
         "## Use it",
         usage(name, format, source, directory),
         *training(source, has_picture=(directory / PICTURE).is_file()),
+        *reach(source),
         "## Compared with its source",
         "What is in this directory was read again before it was put here, and compared with the "
         f"model that it was written from, with its weights in {dtype}, computing in float32."
@@ -69,7 +71,7 @@ def front_matter(format: str, source: Source) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def architecture(source: Source) -> dict[str, str]:
+def architecture(source: Source, format: str) -> dict[str, str]:
     """The network, for people."""
     config, length = source.saved.config, source.saved.trained_context_length
     facts = {
@@ -82,6 +84,7 @@ def architecture(source: Source) -> dict[str, str]:
         "Trained context length": f"{length:,} tokens" if length else "not recorded",
         "Weights": str(source.dtype).removeprefix("torch."),
     }
+    facts |= source.notes(format)
     tokens = sum(stage["tokens"] for stage in source.history)
     if tokens:
         facts["Tokens seen in training"] = f"{tokens:,}"
@@ -93,7 +96,7 @@ def architecture(source: Source) -> dict[str, str]:
 def table(facts: dict[str, str]) -> str:
     """A table of two columns."""
     return "\n".join(
-        ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
+        ["| | |", "|---|---|", *(f"| {name} | {cell(fact)} |" for name, fact in facts.items())]
     )
 
 
@@ -200,6 +203,22 @@ def training(source: Source, *, has_picture: bool) -> list[str]:
     return ["## Training", "\n".join(rows), *picture]
 
 
+def reach(source: Source) -> list[str]:
+    """What was found of it by `nope eval --record`, if that was."""
+    if source.evaluation is None:
+        return []
+    found, picture = source.evaluation
+    rows = ["| Context | | Perplexity | Of 1x | Bits per byte |", "|---|---|---|---|---|"]
+    rows += [
+        f"| {each['length']:,.0f} tokens | {each['multiple']:g}x | {each['perplexity']:.3f} | "
+        f"{each['perplexity_ratio']:.3f} | {each['bits_per_byte']:.4f} |"
+        for each in found["lengths"]
+    ]
+    said = f"On {found['tokens']:,} tokens, the same in every context:"
+    drawn = [f"![Loss by position and length]({record.PICTURE})"] if picture else []
+    return ["## How far it reaches", said, "\n".join(rows), *drawn]
+
+
 def stage_row(stage: Stage) -> str:
     """A stage in a row of a table."""
     losses = stage["losses"]["eval_loss"]
@@ -230,10 +249,14 @@ def sources_of(history: list[Stage]) -> list[dict[str, Any]]:
 
 
 def pictures(source: Source) -> dict[str, bytes]:
-    """The loss by step of each stage, if it is known and matplotlib is installed to draw it."""
+    """The loss by step of each stage, if it is known and matplotlib is installed to draw it,
+    and what was drawn of its reach.
+    """
+    reach = source.evaluation and source.evaluation[1]
+    drawn = {record.PICTURE: reach} if reach else {}
     stages = [stage for stage in source.history if stage["losses"]["loss"]]
     if not stages or not can_draw():
-        return {}
+        return drawn
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(stages), 3.4), layout="constrained")
@@ -247,7 +270,7 @@ def pictures(source: Source) -> dict[str, bytes]:
         axes.legend()
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
-    return {PICTURE: content.getvalue()}
+    return drawn | {PICTURE: content.getvalue()}
 
 
 def can_draw() -> bool:

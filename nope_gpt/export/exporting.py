@@ -24,19 +24,21 @@ from nope_gpt.artifacts import (
 )
 from nope_gpt.config import ExportConfig
 from nope_gpt.errors import NetworkError, NopeError, UsageError
+from nope_gpt.evaluation import record
 from nope_gpt.export import card, gguf_layout, hub_layout, parity, transformers_layout
 from nope_gpt.export.gguf_readers import GgufReader, LlamaCppReader
 from nope_gpt.export.parity import Report
 from nope_gpt.export.readers import OwnReader, Reader, TransformersReader
 from nope_gpt.export.source import Source, open_source
 from nope_gpt.locating import HISTORY
+from nope_gpt.sharpening import as_setting
 from nope_gpt.transformers_layout import ARCEE, LLAMA
 
 CARD = "README.md"
 
 OWN_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.jinja", "tokenizer*", "config.json",
-    "generation_config.json", "Modelfile", HISTORY, PARITY, card.PICTURE,
+    "generation_config.json", "Modelfile", HISTORY, PARITY, card.PICTURE, record.PICTURE,
 )  # fmt: skip
 """What an export writes: on the Hub, those of an earlier one are replaced or removed."""
 
@@ -88,6 +90,8 @@ def export(config: ExportConfig, tell: Tell = lambda _: None) -> list[Export]:
             tell(f"{path} is there already, as asked for")
             made.append(kept_export(name, path, source, config))
         else:
+            for about, note in source.notes(name).items():
+                tell(f"{name}: {about.lower()}: {note}")
             made.append(export_one(name, path, source, config, tell))
     if config.push_to_hub is None:
         return made
@@ -238,6 +242,9 @@ def asked(name: str, source: Source, config: ExportConfig) -> dict[str, Any]:
         "weights_sha256": source.fingerprint,
         "context_length": source.context_length,
         "license": source.license,
+        "attention_scales": as_setting(source.saved.sharpenings),
+        "first_token": source.saved.first_token,
+        "evaluation": source.evaluation and source.evaluation[0],
         **more,
     }
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nope_gpt import hub
+from nope_gpt import hub, published_layout
 from nope_gpt.artifacts import DAMAGE
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.hub import SavedModel
@@ -47,10 +47,10 @@ def read_checkpoint(path: Path) -> tuple[SavedModel, BaseTokenizer]:
     if not isinstance(record, dict) or not {"model", "model_args"} <= record.keys():
         raise NopeError("this is not a checkpoint of the training scripts", where=where)
     try:
-        settings = hub.rename_settings(dict(record["model_args"]), where)
+        settings = published_layout.rename_settings(dict(record["model_args"]), where)
         tensors = {key: value for key, value in record["model"].items() if torch.is_tensor(value)}
         alpha = float(record.get("lora_args", {}).get("alpha", 1.0))
-        state = hub.translate(fold_adapters(tensors, alpha), where)
+        state = published_layout.translate(fold_adapters(tensors, alpha), where)
         name = str(record.get("tokenizer_args", {}).get("name", "r50k_base"))
     except (*DAMAGE, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"

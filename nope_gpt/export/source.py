@@ -7,17 +7,21 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nope_gpt import adapters, hub
 from nope_gpt.config import ExportConfig
 from nope_gpt.errors import UsageError
+from nope_gpt.evaluation import record
 from nope_gpt.export.legacy import read_checkpoint
 from nope_gpt.history import Stage, stages_of
-from nope_gpt.hub import TIED, SavedModel
+from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
+from nope_gpt.published_layout import TIED
+from nope_gpt.sharpening import NONE, Sharpening, for_context
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
 
 UNKNOWN_CONTEXT = 8192
@@ -36,6 +40,9 @@ class Source:
         context_length: Tokens that programs may plan for.
         history: The stages that made it, as far as they are known.
         license: Its name, if one was given.
+        evaluation: What `nope eval --record` found of these weights, and its picture.
+        sharpening: What attention is to be scaled by in contexts of that length; a scale is folded
+            into the weights, a growth is not.
     """
 
     name: str
@@ -45,6 +52,8 @@ class Source:
     context_length: int
     history: list[Stage]
     license: str | None
+    evaluation: tuple[dict[str, Any], bytes | None] | None = None
+    sharpening: Sharpening = NONE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,6 +63,37 @@ class Source:
     @property
     def num_parameters(self) -> int:
         return sum(weight.numel() for weight in self.saved.state.values())
+
+    def notes(self, format: str) -> dict[str, str]:
+        """What those should know who run a format, by what it is about."""
+        found = {}
+        if longer := self.longer(format):
+            found["In longer contexts"] = longer
+        if self.saved.first_token is not None and format != "hub":
+            token = self.tokenizer.decode_tokens([self.saved.first_token])
+            found["Begins with"] = (
+                f"{token}: it was trained to find it before every text, and programs other than "
+                "nope do not put it there"
+            )
+        return found
+
+    def longer(self, format: str) -> str | None:
+        """What a format says of contexts longer than were trained."""
+        found, known = self.sharpening, self.saved.sharpenings
+        length = f"contexts of {self.context_length:,} tokens"
+        if found.scale != 1.0:
+            return f"attention is scaled by {found.scale:g}, for {length}"
+        if format == "hub" or not known:
+            return None
+        if found.growth:
+            return (
+                f"in {length} attention is to be scaled by {found.told}, n of them being seen, "
+                "which this format cannot say: only nope does it"
+            )
+        return (
+            "what was calibrated for longer contexts is left out; --context-length "
+            f"{' or '.join(map(str, sorted(known)))} folds it in"
+        )
 
     @property
     def is_chat(self) -> bool:
@@ -124,7 +164,7 @@ def open_source(config: ExportConfig) -> Source:
     path = Path(os.path.expanduser(config.model))  # noqa: PTH111  Which raises nothing.
     if os.path.isfile(path):  # noqa: PTH113
         saved, tokenizer = read_checkpoint(path)
-        name, history = path.stem, list[Stage]()
+        name, history, evaluation = path.stem, list[Stage](), None
     else:
         directory = locate(config.model)
         chosen = [adapters.place_of(name) for name in config.adapter]
@@ -134,7 +174,12 @@ def open_source(config: ExportConfig) -> Source:
             stages_of(chosen[-1] if chosen else directory),
         )
         name = path.resolve().name if path.is_dir() else path.name
+        evaluation = None if chosen else record.kept(config.model, directory)
     hub.refuse_infinite(saved.state, config.model)
+    found = for_context(saved.sharpenings, saved.trained_context_length, config.context_length or 0)
+    saved = with_scale(saved, found.scale)
+    if found.scale != 1.0:
+        evaluation = None
     exact = saved
     if config.dtype != "auto":
         saved = cast(saved, getattr(torch, config.dtype))
@@ -147,4 +192,17 @@ def open_source(config: ExportConfig) -> Source:
         context_length=config.context_length or saved.trained_context_length or UNKNOWN_CONTEXT,
         history=history,
         license=config.license,
+        evaluation=evaluation,
+        sharpening=found,
     )
+
+
+def with_scale(saved: SavedModel, scale: float) -> SavedModel:
+    """A model whose attention is scaled, by way of the queries' weights."""
+    if scale == 1.0:
+        return saved
+    state = {
+        name: (x.float() * scale).type_as(x) if ".q_proj." in name else x
+        for name, x in saved.state.items()
+    }
+    return replace(saved, state=state, sharpenings={})

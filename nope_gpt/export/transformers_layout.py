@@ -31,6 +31,7 @@ def write(directory: Path, source: Source, layout: str) -> None:
         dtype=str(source.dtype).removeprefix("torch."),
         context_length=source.context_length,
         trained_context_length=source.saved.trained_context_length,
+        first_token=source.saved.first_token,
         ends=source.ends,
         pad=source.tokenizer.pad_token,
     )

@@ -54,9 +54,7 @@ class Adafactor(Optimizer):
     def move(self, weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
         """Update one weight."""
         state, rows, gradient = self.state[weight], part(weight), part(gradient)
-        if not state:
-            state["step"] = torch.zeros(())
-        state["step"] += 1
+        state["step"] = state.get("step", torch.tensor(0.0)) + 1
         step = int(state["step"])
         newest = step**DECAY_POWER
         rate = min(lr, 1 / math.sqrt(step))

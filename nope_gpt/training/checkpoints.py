@@ -47,6 +47,7 @@ class Progress:
         left_out: Steps' worth of samples that rewinding has left out.
         rewinds: How often the run was rewound.
         recent_losses: Of the last steps, for telling a spike.
+        rotary: Whether queries and keys are turned by their position for now.
     """
 
     step: int = 0
@@ -55,6 +56,7 @@ class Progress:
     left_out: int = 0
     rewinds: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    rotary: bool = False
 
     @property
     def data_step(self) -> int:
@@ -87,7 +89,7 @@ class Saver:
 
     Args:
         directory: Of the checkpoints.
-        write_model: Writes the model's files into a directory, from weights by name.
+        write_model: Writes the model's files into a directory.
         keep: Newest checkpoints to keep, at least 2.
         keep_every: Also keep those of every so many steps.
         written: Told of each checkpoint, in the thread that asks.
@@ -96,7 +98,7 @@ class Saver:
     def __init__(
         self,
         directory: Path,
-        write_model: Callable[[Path, Tensors], None],
+        write_model: Callable[[Path, Snapshot], None],
         *,
         keep: int,
         keep_every: int | None,
@@ -142,7 +144,7 @@ class Saver:
             "step": step,
         }
         with publish(path, manifest=manifest, overwrite=True) as temporary:
-            self.write_model(temporary, snapshot.model)
+            self.write_model(temporary, snapshot)
             write_tensors(temporary / OPTIMIZER, snapshot.optimizer)
             write_json(temporary / STATE, asdict(snapshot.progress))
         read_manifest(path, "checkpoint")

@@ -26,7 +26,7 @@ from nope_gpt.training.watchdog import Watchdog
 T = TypeVar("T")
 
 DEFAULT_LEVEL = 2
-"""Shard the gradients and the optimizer."""
+"""Shard the optimizer."""
 
 GATHERED_PARAMETERS = 2_000_000_000
 """Beyond this the first rank's memory is too small for the weights and the optimizer of all."""
@@ -133,7 +133,7 @@ def described(config: TrainingConfig, world_size: int) -> str:
     level = DEFAULT_LEVEL if config.ddp_sharding_level is None else config.ddp_sharding_level
     shared = {
         0: "each with the whole model (DDP)",
-        2: "sharing gradients and optimizer (FSDP2)",
+        2: "sharing the optimizer (FSDP2)",
         3: "sharing weights, gradients and optimizer (FSDP2)",
     }[level]
     return f"{world_size}, {shared}{', within each node' if config.hybrid_sharding else ''}"
@@ -148,10 +148,15 @@ def device_mesh(ranks: Ranks, device: torch.device, *, hybrid: bool) -> DeviceMe
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def synchronizing(network: nn.Module, is_last: bool) -> AbstractContextManager[None]:
-    """Leave the gradients unaveraged until the last micro-batch of a step."""
+def synchronizing(
+    network: nn.Module, config: TrainingConfig, is_last: bool
+) -> AbstractContextManager[None]:
+    """Leave the gradients unaveraged until the last micro-batch of a step.
+
+    At level 3 no rank has the memory for all of them, so they are shared at once.
+    """
     if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(is_last)
+        network.set_requires_gradient_sync(is_last or config.ddp_sharding_level == 3)
     if isinstance(network, DistributedDataParallel) and not is_last:
         return network.no_sync()
     return nullcontext()

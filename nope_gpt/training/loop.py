@@ -1,4 +1,5 @@
-"""The training loop, to be read at three heights: the run, the step, the micro-batch.
+"""The training loop, to be read at two heights: the run and the step; the micro-batch is below,
+in `learner.py`.
 
 Pretraining and tuning differ in their model, their data and what they save; both hand
 those over as a `Job`, and everything after is the same.
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nope_gpt import hub
 from nope_gpt.artifacts import write_json
 from nope_gpt.config import TrainingConfig
 from nope_gpt.data.batches import Batch, Batches
@@ -26,14 +28,13 @@ from nope_gpt.signals import StopRequest, exit_code_of
 from nope_gpt.training import checkpoints, distribution, state
 from nope_gpt.training.checkpoints import Progress, Saver, Snapshot, Tensors
 from nope_gpt.training.guards import MOST_REWINDS, Verdict, judge
+from nope_gpt.training.learner import Learner
 from nope_gpt.training.objectives import CrossEntropy, Objective, Outcome, held_out
-from nope_gpt.training.optimization import make_optimizers, set_learning_rate
 from nope_gpt.training.prefetching import Prefetcher
 from nope_gpt.training.reporting import EvaluationReport, Listener, StepReport
 from nope_gpt.training.runs import Launch, Run
 from nope_gpt.training.sampling import Sampler
-from nope_gpt.training.schedules import rate_fraction
-from nope_gpt.training.sharding import whole
+from nope_gpt.training.schedules import rate_fraction, sample_length
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class Job:
         sampler: Continues texts with the model; None for never.
         sample_interval: Steps between samples, 0 for never.
         looks_before: Whether to evaluate, and to continue the texts, before the first step.
+        first_token: What every row is to begin with, or None.
+        length_growth: Share of the steps in which samples are cut, in ever longer pieces.
+        rotary_steps: First steps in which queries and keys are turned by their position.
     """
 
     model: NoPEGPT
@@ -74,9 +78,12 @@ class Job:
     sampler: Sampler | None = None
     sample_interval: int = 0
     looks_before: bool = False
+    first_token: int | None = None
+    length_growth: float = 0.0
+    rotary_steps: int = 0
 
 
-class Trainer:
+class Trainer(Learner):
     """Runs a job, alone or as one of several ranks.
 
     Args:
@@ -97,23 +104,19 @@ class Trainer:
         listeners: list[Listener],
         peak_flops: float | None,
     ) -> None:
+        super().__init__(job.model, job.objective, config, job.precision, launch.ranks)
         self.job = job
-        self.config = config
         self.run = run
-        self.ranks = launch.ranks
         self.watchdog = launch.watchdog
         self.listeners = listeners
         self.peak_flops = peak_flops
-        self.device = job.model.device
-        self.progress = Progress()
-        self.network = distribution.distribute(job.model, config, self.ranks, self.device)
-        self.optimizers = make_optimizers(job.model, config, job.precision)
-        self.trained = [weight for weight in job.model.parameters() if weight.requires_grad]
+        self.progress = Progress(rotary=job.rotary_steps > 0)
         self.has_dropout = any(
             isinstance(module, nn.Dropout | nn.Dropout1d) and module.p
             for module in job.model.modules()
         )
         self.not_finite = 0
+        self.piece_length: int | None = None
         self.samples = Prefetcher(job.batches, self.ranks, self.device)
         self.stop = StopRequest()
         self.stop_signal = 0
@@ -125,6 +128,7 @@ class Trainer:
             keep_every=config.keep_every,
             written=lambda path: self.tell("saved", path),
         )
+        job.model.decoder.set_rotary(self.progress.rotary)
         if run.resumed_from:
             self.restore(run.resumed_from)
 
@@ -164,18 +168,21 @@ class Trainer:
         """
         started = time.perf_counter()
         self.watchdog.beat()
+        if self.progress.rotary and self.progress.step >= self.job.rotary_steps:
+            self.drop_rotary()
         step = self.progress.data_step
-        batches = self.samples.micro_batches(step)
+        self.objective.begin(self.progress.step / self.job.num_steps)
+        batches = self.micro_batches(step)
         num_tokens = self.sum_over_ranks(sum(batch.num_trained for batch in batches))
         count = self.sum_over_ranks(sum(map(self.job.objective.count, batches)))
         sums: list[Outcome] = []
         for index, batch in enumerate(batches):
             self.seed_dropout(step, index)
             is_last = index == len(batches) - 1
-            with distribution.synchronizing(self.network, is_last):
+            with distribution.synchronizing(self.network, self.config, is_last):
                 sums.append(self.forward_backward(batch, count))
             self.watchdog.beat()
-        loss, norm = self.mean([outcome.loss for outcome in sums], count), self.clipped_norm()
+        loss, norm = self.mean([each.loss for each in sums], count), self.clipped_norm().item()
         recent = self.progress.recent_losses
         verdict = self.agree(judge(loss, norm, recent, self.config.loss_spike))
         if verdict != Verdict.UPDATE:
@@ -197,38 +204,28 @@ class Trainer:
         }
         self.report(loss, norm, rate, num_tokens / seconds, figures)
 
-    def forward_backward(self, batch: Batch, count: float) -> Outcome:
-        """The micro-batch: add its gradients; returns its sums.
+    def micro_batches(self, data_step: int) -> list[Batch]:
+        """The samples of a step, in pieces while they grow."""
+        job, batches = self.job, self.samples.micro_batches(data_step)
+        if job.length_growth:
+            whole = batches[0].tokens.size(1)
+            length = sample_length(self.progress.step, job.num_steps, whole, job.length_growth)
+            if self.piece_length not in (None, length):  # Another loss, not a spike.
+                self.progress.recent_losses.clear()
+            self.piece_length = length
+            batches = [batch.in_pieces(length) for batch in batches]
+        return [batch.beginning_with(job.first_token) for batch in batches]
 
-        Args:
-            batch: On any device.
-            count: What the sums of the whole step are divided by.
-        """
-        with autocast(self.device, self.job.precision):
-            outcome = self.job.objective.outcome(self.network, batch.to(self.device))
-        # The ranks' gradients are averaged, and the loss is a sum over them.
-        torch.autograd.backward(outcome.loss * (self.ranks.world_size / count))
-        return Outcome(outcome.loss.detach(), outcome.figures)
+    def drop_rotary(self) -> None:
+        """Let queries and keys be as they are from now on; the loss jumps, and comes back."""
+        self.progress.rotary = False
+        self.progress.recent_losses.clear()
+        self.job.model.decoder.set_rotary(False)
+        self.tell("noticed", f"step {self.progress.step + 1}: positions are dropped from here on")
 
     def mean(self, sums: list[Tensor], count: float) -> float:
         """What sums of all micro-batches of all ranks come to for each that is counted."""
         return distribution.total(torch.stack(sums).sum()).item() / count
-
-    def clipped_norm(self) -> float:
-        """Clip the gradients of all ranks together; returns their norm before."""
-        norm = nn.utils.clip_grad_norm_(self.trained, self.config.max_gradient_norm)
-        return whole(norm).item()
-
-    def update(self, rate: float) -> None:
-        """Move the weights, at a fraction of the peak learning rate."""
-        set_learning_rate(self.optimizers, rate)
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def forget_gradients(self) -> None:
-        """Begin the next step's gradients at nothing."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
 
     def complain(self, verdict: Verdict, loss: float, norm: float) -> None:
         """Say what is wrong with a step; raises when it was the last one too many."""
@@ -281,6 +278,7 @@ class Trainer:
         tensors = checkpoints.read_tensors(checkpoint / checkpoints.OPTIMIZER)
         state.put_back_optimizers(self.job.model, self.optimizers, tensors)
         self.progress = checkpoints.read_progress(checkpoint)
+        self.job.model.decoder.set_rotary(self.progress.rotary)
         self.last_saved = self.progress.step
 
     def look(self) -> None:
@@ -297,7 +295,10 @@ class Trainer:
         own = held_out(
             objective,
             self.network,
-            self.samples.holdout(self.config.num_eval_samples),
+            (
+                batch.beginning_with(self.job.first_token)
+                for batch in self.samples.holdout(self.config.num_eval_samples)
+            ),
             self.job.precision,
             self.interrupted,
         )
@@ -333,9 +334,11 @@ class Trainer:
         if self.ranks.is_first:
             self.saver.save(Snapshot(copy.deepcopy(self.progress), weights, tensors))
 
-    def write_model(self, directory: Path, weights: Tensors) -> None:
+    def write_model(self, directory: Path, snapshot: Snapshot) -> None:
         """Write the model's files into a checkpoint, and what made it."""
-        self.job.write_model(directory, weights)
+        self.job.write_model(directory, snapshot.model)
+        if snapshot.progress.rotary:
+            hub.mark_rotary(directory)
         write_json(directory / RUN, self.run.record)
 
     def report(

@@ -21,14 +21,22 @@ from nope_gpt.cross_entropy import IGNORED
 from nope_gpt.data.batches import Batch
 from nope_gpt.device import autocast
 from nope_gpt.model import NoPEGPT
+from nope_gpt.recall import before_each
 from nope_gpt.training.reporting import CROSS_ENTROPY
 
 
 class Outcome(NamedTuple):
-    """Of a micro-batch: the sum of its losses [], and sums of other figures by name."""
+    """Of a micro-batch.
+
+    Attributes:
+        loss: The sum of its losses [].
+        figures: Sums of other figures by name.
+        beside: What is made smaller too, though it is not the loss [], or None.
+    """
 
     loss: Tensor
     figures: dict[str, Tensor]
+    beside: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -42,6 +50,10 @@ class Objective(Protocol):
     @property
     def figures(self) -> tuple[str, ...]:
         """Names of the other figures."""
+        ...
+
+    def begin(self, done: float) -> None:
+        """Be told before each step which share of them is done."""
         ...
 
     def count(self, batch: Batch) -> int:
@@ -59,11 +71,37 @@ class CrossEntropy:
     name = CROSS_ENTROPY
     figures: tuple[str, ...] = ()
 
+    def begin(self, done: float) -> None: ...
+
     def count(self, batch: Batch) -> int:
         return batch.num_trained
 
     def outcome(self, network: nn.Module, batch: Batch) -> Outcome:
-        return Outcome(network(*batch), {})
+        return Outcome(network(batch.tokens, batch.targets, batch.documents), {})
+
+
+class Recalling(CrossEntropy):
+    """That of the next token, and beside it that of the token before; see `recall.py`.
+
+    Args:
+        weight: Of the second one at the beginning; it falls evenly to nothing at the end.
+    """
+
+    figures = ("Recall Loss",)
+
+    def __init__(self, weight: float) -> None:
+        self.weight_at_first = self.weight = weight
+
+    def begin(self, done: float) -> None:
+        self.weight = self.weight_at_first * (1.0 - done)
+
+    def outcome(self, network: nn.Module, batch: Batch) -> Outcome:
+        both = network(batch.tokens, batch.targets, batch.documents, recalls=True)
+        loss, again = both.unbind()
+        # The first token of a document has none before it: the mean is of the others.
+        asked = (before_each(batch.tokens, batch.documents) != IGNORED).sum().clamp(min=1)
+        mean = again.detach() / asked
+        return Outcome(loss, {"Recall Loss": mean * batch.num_trained}, self.weight * again)
 
 
 @dataclass(frozen=True)
@@ -87,9 +125,10 @@ class Preference:
     name = "Preference Loss"
     figures = ("Reward Accuracy", "Reward Margin", "Chosen Reward", "Rejected Reward")
 
+    def begin(self, done: float) -> None: ...
+
     def count(self, batch: Batch) -> int:
-        assert batch.documents is not None
-        return int((batch.targets != IGNORED).any()) * (int(batch.documents.max()) + 1) // 2
+        return batch.num_documents // 2
 
     def outcome(self, network: nn.Module, batch: Batch) -> Outcome:
         with torch.no_grad(), lora.left_out(self.model):
@@ -107,11 +146,10 @@ class Preference:
 
     def log_probabilities(self, network: nn.Module, batch: Batch) -> Tensor:
         """Of both answers of each pair, [P, 2] in nats."""
-        tokens, targets, documents = batch
+        tokens, targets, documents, count = batch
         assert documents is not None
         losses: Tensor = network(tokens, targets, documents, each=True).flatten()
-        numbers = documents.flatten().long()
-        count = (int(numbers.max()) + 2) // 2 * 2
+        numbers, count = documents.flatten().long(), max(count, 2)
         sums = losses.new_zeros(count).index_add(0, numbers, losses)
         if self.by_length:
             trained = (targets != IGNORED).flatten().float()

@@ -40,22 +40,19 @@ def make_optimizers(
     elif config.optimizer == "muon" and matrices:
         optimizers = [Muon([decayed], lr=rate, precision=precision)]
         if rest:
-            optimizers.append(adamw([plain], BESIDE_MUON * rate, config))
+            optimizers.append(adamw([plain], BESIDE_MUON * rate))
     else:
-        optimizers = [adamw([decayed, plain], rate, config)]
+        optimizers = [adamw([decayed, plain], rate)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def adamw(groups: list[dict[str, Any]], rate: float, config: TrainingConfig) -> Optimizer:
-    """AdamW, fused unless memory matters more."""
+def adamw(groups: list[dict[str, Any]], rate: float) -> Optimizer:
+    """AdamW, fused: it is the fastest, and takes no memory on the way."""
     groups = [group for group in groups if group["params"]]
-    betas = (0.9, 0.95)
-    if config.low_memory_optimizer:
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, foreach=False)
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
 def set_learning_rate(optimizers: list[Optimizer], fraction: float) -> None:

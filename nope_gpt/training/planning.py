@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 
-from nope_gpt import sizing
-from nope_gpt.config import ModelConfig, SizeConfig, TrainingConfig
+from nope_gpt.config import ModelConfig, TrainingConfig, TuneConfig, Workload
+from nope_gpt.device import memory_of, resolve_precision
 from nope_gpt.errors import CapacityError
-from nope_gpt.training.distribution import DEFAULT_LEVEL
+from nope_gpt.sizing.memory import snapshot, training_memory, usable_memory
+from nope_gpt.sizing.units import format_bytes
+from nope_gpt.training.runs import Launch
+
+C = TypeVar("C", bound=TrainingConfig)
+
+SMALL_CHUNK = 256
+"""Tokens of the loss at a time, where memory is dear."""
 
 EXPECTED_UTILIZATION = 0.4
 """Of the hardware's peak, for an estimate of the time before anything has run."""
@@ -44,25 +51,23 @@ class DryRun:
         return asdict(self)
 
 
-def memory_plan(
-    config: TrainingConfig, model: ModelConfig, precision: torch.dtype, ranks: int = 1
-) -> sizing.MemoryPlan:
-    """The bytes of a training step at its fullest, on each of some ranks."""
+def workload(
+    config: TrainingConfig, model: ModelConfig, device: torch.device, ranks: int = 1
+) -> Workload:
+    """What a step of a run is made of, as far as its memory depends on it."""
     settings = config.as_dict() | model.as_dict()
-    settings["precision"] = str(precision).removeprefix("torch.")
-    known = SizeConfig.__dataclass_fields__
-    plan = sizing.training_memory(
-        SizeConfig(**{name: value for name, value in settings.items() if name in known})
-    )
-    shared = {0: [], 2: ["gradients", "optimizer"], 3: ["gradients", "optimizer", "weights"]}
-    level = DEFAULT_LEVEL if config.ddp_sharding_level is None else config.ddp_sharding_level
-    return replace(plan, **{name: -(-getattr(plan, name) // ranks) for name in shared[level]})
+    settings["precision"] = str(resolve_precision(config.precision, device)).removeprefix("torch.")
+    settings |= {"gpus": ranks, "device": "cpu" if device.type == "cpu" else "cuda"}
+    if isinstance(config, TuneConfig):
+        settings["tokens_per_sample"] = config.max_tokens_per_sample
+        method = "dpo" if config.objective == "dpo" else "lora"
+        settings["method"] = "full" if config.full else method
+    known = {field.name for field in fields(Workload)}
+    return Workload(**{name: value for name, value in settings.items() if name in known})
 
 
 @contextmanager
-def explaining_memory(
-    config: TrainingConfig, model: ModelConfig, precision: torch.dtype
-) -> Iterator[None]:
+def explaining_memory(config: TrainingConfig, model: ModelConfig, launch: Launch) -> Iterator[None]:
     """Turn a failed allocation into the figures of the plan and the cheapest lever.
 
     Raises:
@@ -73,21 +78,51 @@ def explaining_memory(
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not is_of_memory(error):
             raise
-        plan = memory_plan(config, model, precision)
+        plan = training_memory(workload(config, model, launch.device, launch.ranks.world_size))
         parts = sorted(plan.as_dict().items(), key=lambda item: -item[1])
         listing = ", ".join(
-            f"{name.replace('_', ' ')} {sizing.format_bytes(size)}" for name, size in parts if size
+            f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in parts if size
         )
         raise CapacityError(
             f"the memory is too small for this step: by plan it takes "
-            f"{sizing.format_bytes(plan.peak)} ({listing})",
+            f"{format_bytes(plan.peak)} ({listing})",
             hint=lever(config),
         ) from error
 
 
 def is_of_memory(error: RuntimeError) -> bool:
     """Whether an error is a failed allocation."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "could not create a primitive")  # Of torch, and of oneDNN.
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
+
+
+def fitted(config: C, model: ModelConfig, device: torch.device, ranks: int = 1) -> C:
+    """The config with as many samples at a time as the device has memory for, if that is asked for.
+
+    What each update trains on stays the same, so only numbers that divide its samples are tried.
+
+    Raises:
+        CapacityError: Not even one sample fits.
+    """
+    if not config.auto_batch_size:
+        return config
+    samples = config.batch_size * config.gradient_accumulation_steps
+    capacity = memory_of(device)
+    usable = usable_memory(capacity, device.type)
+    sizes = range(samples // ranks, 0, -1)
+    for batch in (size for size in sizes if samples % (size * ranks) == 0):
+        changes: dict[str, Any] = {"batch_size": batch, "auto_batch_size": False}
+        changes["gradient_accumulation_steps"] = samples // batch
+        smaller = config.changed(**changes)
+        work = workload(smaller, model, device, ranks)
+        needed = training_memory(work).peak + (snapshot(work) if work.device == "cpu" else 0)
+        if needed <= usable:
+            return smaller
+    raise CapacityError(
+        f"one sample at a time needs {format_bytes(needed)} by plan, and {device} has "
+        f"{format_bytes(usable)} for it",
+        hint=f"add {cheapest(config.changed(batch_size=1))}",
+    )
 
 
 def lever(config: TrainingConfig) -> str:
@@ -97,8 +132,17 @@ def lever(config: TrainingConfig) -> str:
         smaller = config.batch_size // 2
         steps = config.gradient_accumulation_steps * config.batch_size // smaller
         return f"{again} --batch-size {smaller} --gradient-accumulation-steps {steps}"
+    cheap = cheapest(config)
+    changes_the_run = "optimizer" in cheap or "fewer" in cheap
+    return f"{other} with {cheap}" if changes_the_run else f"{again} {cheap}"
+
+
+def cheapest(config: TrainingConfig) -> str:
+    """What frees memory at the least cost, where there is one sample at a time already."""
     if not config.activation_checkpointing:
-        return f"{again} --activation-checkpointing"
+        return "--activation-checkpointing"
+    if config.loss_chunk > SMALL_CHUNK:
+        return f"--loss-chunk {SMALL_CHUNK}"
     if config.optimizer != "adafactor":
-        return f"{other} with --optimizer adafactor"
-    return f"{other} with fewer tokens in a sample, or a smaller model"
+        return "--optimizer adafactor"
+    return "fewer tokens in a sample, or a smaller model"

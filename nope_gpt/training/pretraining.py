@@ -8,23 +8,30 @@ from typing import Any, Self
 
 import torch
 
-from nope_gpt import hub, sizing
+from nope_gpt import hub, initialization
+from nope_gpt.artifacts import write_tensors
 from nope_gpt.config import ModelConfig, ModelShape, PretrainConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
 from nope_gpt.device import Ranks, peak_flops, resolve_device, resolve_precision
 from nope_gpt.model import NoPEGPT
+from nope_gpt.recall import Recall
+from nope_gpt.sizing.arithmetic import count_parameters, training_flops_per_token
+from nope_gpt.sizing.memory import training_memory
 from nope_gpt.tokenization import BaseTokenizer
+from nope_gpt.training.checkpoints import read_tensors
 from nope_gpt.training.compilation import compile_blocks
-from nope_gpt.training.distribution import refuse_impossible
+from nope_gpt.training.distribution import refuse_impossible, shared
 from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
+from nope_gpt.training.objectives import CrossEntropy, Recalling
 from nope_gpt.training.planning import (
     EXPECTED_UTILIZATION,
     DryRun,
     explaining_memory,
-    memory_plan,
+    fitted,
+    workload,
 )
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import Resume, begun, launched
@@ -47,11 +54,11 @@ def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: Resum
         Interrupted: A signal ended the run, after a checkpoint.
     """
     with launched(config) as (config, launch):
-        task = Pretraining.of(config)
-        precision = resolve_precision(config.precision, launch.device)
+        task = Pretraining.of(config, launch.device, launch.ranks.world_size)
+        config = task.config
         with (
             begun(config, task.facts, task.origin, resume, launch.ranks, config.max_steps) as run,
-            explaining_memory(config, task.model_config, precision),
+            explaining_memory(config, task.model_config, launch),
         ):
             job = task.job(launch.device)
             execute(job, config, run, launch, listeners, task.told)
@@ -67,12 +74,13 @@ def dry_run(config: PretrainConfig, ranks: int = 1) -> DryRun:
     refuse_impossible(config, Ranks(rank=0, local_rank=0, world_size=ranks))
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    task = Pretraining.of(config)
+    task = Pretraining.of(config, device, ranks)
+    config = task.config
     peak = peak_flops(device, precision)
     flops = task.flops_per_token * task.tokens_per_step * config.max_steps
-    memory = memory_plan(config, task.model_config, precision, ranks)
+    memory = training_memory(workload(config, task.model_config, device, ranks))
     return DryRun(
-        parameters=sizing.count_parameters(task.model_config).total,
+        parameters=count_parameters(task.model_config).total,
         tokens_per_step=task.tokens_per_step,
         tokens=task.tokens_per_step * config.max_steps,
         flops=flops,
@@ -80,6 +88,10 @@ def dry_run(config: PretrainConfig, ranks: int = 1) -> DryRun:
         seconds=flops / (peak * ranks * EXPECTED_UTILIZATION) if peak else None,
         told=task.told,
     )
+
+
+RECALL = "recall.safetensors"
+"""What resuming needs of a scaffold that is no part of the model."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +105,8 @@ class Pretraining:
     model_config: ModelConfig
 
     @classmethod
-    def of(cls, config: PretrainConfig) -> Self:
-        """Find the data set that a config means.
+    def of(cls, config: PretrainConfig, device: torch.device, ranks: int = 1) -> Self:
+        """Find the data set that a config means, and the batch that fits on some ranks' devices.
 
         Raises:
             NopeError: There is none, or it is not one to pretrain on.
@@ -106,6 +118,9 @@ class Pretraining:
         )
         dataset = Dataset.open(path).require("text")
         tokenizer = BaseTokenizer.load(path)
+        shape = {field.name: getattr(config, field.name) for field in fields(ModelShape)}
+        model_config = ModelConfig(**shape, vocabulary_size=tokenizer.vocabulary_size)
+        config = shared(fitted(config, model_config, device, ranks))
         batches = TextBatches(
             dataset,
             tokens_per_sample=config.tokens_per_sample,
@@ -114,8 +129,6 @@ class Pretraining:
             seed=config.seed or 0,
             separate_documents=config.document_masking,
         )
-        shape = {field.name: getattr(config, field.name) for field in fields(ModelShape)}
-        model_config = ModelConfig(**shape, vocabulary_size=tokenizer.vocabulary_size)
         return cls(config, dataset, tokenizer, batches, model_config)
 
     @property
@@ -130,6 +143,8 @@ class Pretraining:
             "optimizer": self.config.optimizer,
             "document masking": self.config.document_masking,
             "seed": self.config.seed,
+            "recall": True if self.config.recall else None,  # None: older runs say nothing.
+            "anchor": True if self.config.anchor else None,
         }
 
     @property
@@ -144,7 +159,7 @@ class Pretraining:
     @property
     def flops_per_token(self) -> int:
         """Operations to train on one token, in PaLM's convention."""
-        return sizing.training_flops_per_token(
+        return training_flops_per_token(
             self.model_config, self.config.tokens_per_sample, causal=False
         )
 
@@ -169,6 +184,13 @@ class Pretraining:
         def write_model(directory: Path, weights: dict[str, torch.Tensor]) -> None:
             hub.save(directory, model.saved(weights))
             self.tokenizer.save(directory)
+            if model.recall:
+                own = {name: x for name, x in weights.items() if name.startswith("recall.")}
+                write_tensors(directory / RECALL, own)
+
+        def read_model(checkpoint: Path) -> dict[str, torch.Tensor]:
+            weights = hub.load(checkpoint, rotary=True).state
+            return weights | read_tensors(checkpoint / RECALL) if model.recall else weights
 
         return Job(
             model=model,
@@ -179,7 +201,7 @@ class Pretraining:
             precision=precision,
             seed=config.seed,
             write_model=write_model,
-            read_model=lambda checkpoint: hub.load(checkpoint).state,
+            read_model=read_model,
             flops_per_token=self.flops_per_token,
             execution=compile_blocks(
                 model,
@@ -188,8 +210,12 @@ class Pretraining:
                 shape=(config.batch_size, config.tokens_per_sample),
                 flops=self.flops_per_token * self.tokens_per_step * config.max_steps,
             ),
-            sampler=Sampler.of_text(self.batches, self.tokenizer, config.seed),
+            sampler=Sampler.of_text(self.batches, self.tokenizer, config.seed, model.first_token),
             sample_interval=config.sample_interval,
+            objective=Recalling(config.recall) if model.recall else CrossEntropy(),
+            first_token=model.first_token,
+            length_growth=config.length_growth,
+            rotary_steps=int(config.rotary_until * config.max_steps),
         )
 
     def fresh_model(self) -> NoPEGPT:
@@ -198,9 +224,12 @@ class Pretraining:
         assert config.seed is not None
         torch.manual_seed(config.seed)
         model = NoPEGPT.from_config(self.model_config)
-        if config.initialization == "seed":
-            model.initialize_as_seed()
+        initialization.CHANGES[config.initialization](model)
+        if config.recall:
+            model.recall = Recall(model.embedding_dimensions)
         model.trained_context_length = config.tokens_per_sample
+        model.first_token = self.tokenizer.end_of_text if config.anchor else None
+        model.loss_chunk = config.loss_chunk
         if config.activation_checkpointing:
             model.decoder.enable_activation_checkpointing(config.checkpointed_fraction)
         return model

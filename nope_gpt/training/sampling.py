@@ -20,6 +20,8 @@ from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 64
 ANSWERS = 3
+GROWTH = 64
+"""Tokens, of which a padded text has a multiple."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,18 @@ class Sampler:
     show: Callable[[list[int], list[int]], str]
 
     @classmethod
-    def of_text(cls, batches: TextBatches, tokenizer: BaseTokenizer, seed: int) -> Self:
+    def of_text(
+        cls,
+        batches: TextBatches,
+        tokenizer: BaseTokenizer,
+        seed: int,
+        first_token: int | None = None,
+    ) -> Self:
         """One text, which begins as the hold-out does, or without one as the text does."""
         stream = batches.held_out if len(batches.held_out) >= PROMPT_TOKENS else batches.train
         prompt = stream.read(0, PROMPT_TOKENS).tolist()
+        if first_token is not None:
+            prompt = [first_token, *prompt]
         sampling = SamplingConfig()
         return cls([prompt], tokenizer, seed, sampling, lambda a, b: tokenizer.decode_tokens(a + b))
 
@@ -90,7 +100,10 @@ class Sampler:
 
 
 def padded(texts: Sequence[list[int]], device: torch.device) -> Tensor:
-    """Texts of unequal length as [B, T]; what lies behind one's end changes nothing in it."""
-    longest = max(map(len, texts))
+    """Texts of unequal length as [B, T]; what lies behind one's end changes nothing in it.
+
+    T grows in steps: for each size of a product, a CPU's library keeps code and memory of its own.
+    """
+    longest = -(-max(map(len, texts)) // GROWTH) * GROWTH
     rows = [text + [0] * (longest - len(text)) for text in texts]
     return torch.tensor(rows, device=device)

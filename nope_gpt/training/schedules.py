@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step."""
+"""The learning rate, and the length of the samples, as functions of the step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,25 @@ from nope_gpt.config import TrainingConfig
 
 COSINE_FLOOR = 0.1
 """Where the cosine schedule ends, as a fraction of the peak (Hoffmann et al., 2022, App. B)."""
+
+
+SHORTEST = 16
+"""Tokens that a growing sample begins with, at least."""
+
+
+def sample_length(step: int, num_steps: int, length: int, growth: float) -> int:
+    """How long the pieces are that a step cuts its samples into, steps counted from 0.
+
+    They double from the shortest of at least `SHORTEST` tokens, as often in equal times as it
+    takes, so that they are whole from the share `growth` of the steps on.
+    """
+    lengths = [length]
+    while lengths[0] % 2 == 0 and lengths[0] // 2 >= SHORTEST:
+        lengths.insert(0, lengths[0] // 2)
+    growing = growth * num_steps
+    if step >= growing:
+        return length
+    return lengths[int(step / growing * (len(lengths) - 1))]
 
 
 def rate_fraction(step: int, num_steps: int, config: TrainingConfig) -> float:

@@ -19,14 +19,16 @@ from nope_gpt.data.shards import Dataset
 from nope_gpt.device import resolve_precision
 from nope_gpt.errors import UsageError
 from nope_gpt.history import stages_of
-from nope_gpt.hub import TIED, SavedModel
+from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
-from nope_gpt.tokenization import ChatTokenizer
+from nope_gpt.published_layout import TIED
+from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
+from nope_gpt.training.distribution import shared
 from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
 from nope_gpt.training.objectives import CrossEntropy, Objective, Preference
-from nope_gpt.training.planning import explaining_memory
+from nope_gpt.training.planning import explaining_memory, fitted
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import Resume, begun, launched
 from nope_gpt.training.sampling import Sampler
@@ -50,13 +52,13 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: Resume = Fals
         Interrupted: A signal ended the run, after a checkpoint.
     """
     with launched(config) as (config, launch):
-        task = Tuning.of(config)
+        task = Tuning.of(config, launch.device, launch.ranks.world_size)
         config = task.config
         precision = resolve_precision(config.precision, launch.device)
         model = task.model(precision)
         with (
             begun(config, task.facts, task.origin, resume, launch.ranks, task.num_steps) as run,
-            explaining_memory(config, model.config, precision),
+            explaining_memory(config, model.config, launch),
         ):
             job = task.job(model.to(launch.device), precision)
             told = task.told | {"trained": f"{task.method}: {trained_in_words(model)}"}
@@ -85,8 +87,8 @@ class Tuning:
     batches: ChatBatches
 
     @classmethod
-    def of(cls, config: TuneConfig) -> Self:
-        """Find the base and the data that a config means.
+    def of(cls, config: TuneConfig, device: torch.device, ranks: int = 1) -> Self:
+        """Find the base and the data that a config means, and the batch that fits on the devices.
 
         Raises:
             NopeError: One is not there, or they do not belong together.
@@ -109,10 +111,10 @@ class Tuning:
             dataset.require(CHAT)
         config = config.changed(objective=objective_of(config, dataset))
         refuse_other_tokenizer(tokenizer, dataset, base)
+        saved = saved_with_room(base, tokenizer, config)
+        config = shared(fitted(config, saved.config, device, ranks))
         batches = make_batches(dataset, tokenizer, config)
-        return cls(
-            config, base, saved_with_room(base, tokenizer, config), tokenizer, dataset, batches
-        )
+        return cls(config, base, saved, tokenizer, dataset, batches)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -174,18 +176,20 @@ class Tuning:
         assert config.seed is not None
         torch.manual_seed(config.seed)
         model = NoPEGPT.from_saved(self.saved).float()
+        model.loss_chunk = config.loss_chunk
         if config.full:
             model.requires_grad_(True)
             model.set_dropout(config.dropout)
         else:
-            lora.attach(model, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
-            for module in model.modules():
-                if isinstance(module, lora.LoRALinear):
-                    module.weight.data = module.weight.data.to(precision)
-            if config.embeddings == "new":
-                lora.train_last_rows(model, len(self.tokenizer.control_tokens))
-            elif config.embeddings == "all":
-                model.unfreeze_token_embeddings()
+            lora.adapt(
+                model,
+                config.rank,
+                alpha=config.alpha,
+                dropout=config.dropout,
+                precision=precision,
+                new_rows=len(self.tokenizer.control_tokens),
+                embeddings=config.embeddings,
+            )
         if config.activation_checkpointing:
             model.decoder.enable_activation_checkpointing(config.checkpointed_fraction)
         return model
@@ -270,7 +274,7 @@ def objective_of(config: TuneConfig, dataset: Dataset) -> str:
     return objective
 
 
-def refuse_other_tokenizer(tokenizer: ChatTokenizer, dataset: Dataset, base: Path) -> None:
+def refuse_other_tokenizer(tokenizer: BaseTokenizer, dataset: Dataset, base: Path) -> None:
     """Refuse data that were encoded with another tokenizer than the model's."""
     if tokenizer.fingerprint != dataset.tokenizer["fingerprint"]:
         raise UsageError(
@@ -304,7 +308,8 @@ def saved_with_room(base: Path, tokenizer: ChatTokenizer, config: TuneConfig) ->
     Raises:
         UsageError: Its vocabulary is not its tokenizer's.
     """
-    saved = hub.load(base)
+    # A conversation begins with a control token, its anchor; scales were of other weights.
+    saved = replace(hub.load(base), first_token=None, sharpenings={})
     if saved.config.vocabulary_size == tokenizer.encoding.n_vocab:
         assert config.seed is not None
         torch.manual_seed(config.seed)

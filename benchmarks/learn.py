@@ -1,0 +1,371 @@
+"""What a network without positions learns: in equal time beside others, and by recipe.
+
+    python benchmarks/learn.py time TEXT [--seconds 180] [--seeds 1] [--encoding bpe:1024]
+    python benchmarks/learn.py ablation TEXT [--steps 400] [--seeds 3] [--only NAME ...]
+
+TEXT is a .txt file, of which the last tenth is held out, or a .parquet file of documents, of which
+every tenth is. What is compared is bits for each byte of the held-out text, read in windows as
+long as the contexts that a model was trained on, so that tokenizers do not matter. The text is
+encoded before the clock runs, for all alike.
+
+`time` gives every way the same seconds, measured by its own training steps, in a process of its
+own that has the machine for itself: the recipe that `nope pretrain` has by default; the same
+network with rotary embeddings from the first to the last step; the recipe of before (Adafactor at
+a constant 1e-2, torch's initialization); and a nanoGPT-class network on characters with the
+settings that nanoGPT publishes for a CPU. How many steps fit is found by a short run first, so
+that every schedule ends when the time does. Last, the default recipe in a quarter of the time.
+
+`ablation` trains the same network for the same number of tokens with one thing changed at a time,
+once for each seed; the error is the standard error over seeds of the difference to the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from train import hardware
+
+from nope_gpt import hub
+from nope_gpt.config import PrepareConfig, PretrainConfig
+from nope_gpt.data.prepare import prepare
+from nope_gpt.evaluation.lengths import bits_per_byte, spans_of, windowed_losses
+from nope_gpt.evaluation.network import OwnNetwork
+from nope_gpt.locating import locate
+from nope_gpt.model import NoPEGPT
+from nope_gpt.tokenization import BaseTokenizer
+from nope_gpt.training.execution import execute
+from nope_gpt.training.pretraining import Pretraining
+from nope_gpt.training.reporting import Listener, StepReport
+from nope_gpt.training.runs import begun, launched
+
+MOST_HELD_OUT = 400_000
+"""Characters to evaluate on."""
+
+SHAPE: dict[str, Any] = {
+    "embedding_dimensions": 192,
+    "num_q_heads": 6,
+    "num_kv_heads": 2,
+    "num_decoder_layers": 4,
+    "tokens_per_sample": 256,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+}
+
+OLD = {
+    "optimizer": "adafactor",
+    "learning_rate": 1e-2,
+    "schedule": "constant",
+    "warmup_fraction": 0.0,
+    "weight_decay": 0.0,
+    "initialization": "seed",
+    "length_growth": 0.0,
+}
+"""As `--preset seed` has it."""
+
+TIME: dict[str, dict[str, Any]] = {
+    "nope pretrain": {},
+    "rotary throughout": {"rotary": True},
+    "the recipe of before": OLD,
+    "nanoGPT-class": {"peer": True},
+    "nope pretrain, a quarter": {"share": 0.25},
+}
+
+HELP = {"initialization": "zero", "length_growth": 0.8}
+
+ABLATION: dict[str, dict[str, Any]] = {
+    "default": {},
+    "zero": {"initialization": "zero"},
+    "growing samples": {"length_growth": 0.8},
+    "recall": {"recall": 0.5},
+    "zero, growing samples": HELP,
+    "zero, growing samples, recall": {**HELP, "recall": 0.5},
+    "zero, growing samples, anchor": {**HELP, "anchor": True},
+    "zero, growing samples, anchor, recall": {**HELP, "anchor": True, "recall": 0.5},
+    "anchor": {"anchor": True},
+    "documents apart": {"document_masking": True},
+    "rotary, dropped at 0.5": {"rotary_until": 0.5},
+    "rotary, dropped at 0.875": {"rotary_until": 0.875},
+    "rotary, dropped at 0.875, wsd": {"rotary_until": 0.875, "schedule": "wsd"},
+    "rotary throughout": {"rotary": True},
+    "rotary throughout, zero, growing samples": {**HELP, "rotary": True},
+    "rotary throughout, zero, growing samples, anchor": {**HELP, "rotary": True, "anchor": True},
+    "AdamW, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
+    "Adafactor, 1e-2": {"optimizer": "adafactor", "learning_rate": 1e-2},
+    "Muon, 1e-2": {"learning_rate": 1e-2},
+    "Muon, 4e-2": {"learning_rate": 4e-2},
+    "cosine": {"schedule": "cosine"},
+    "wsd": {"schedule": "wsd"},
+    "constant": {"schedule": "constant"},
+    "the recipe of before": OLD,
+}
+"""Each changes something; `rotary` is of this script alone."""
+
+
+class Peer(nn.Module):
+    """A nanoGPT-class network: learned positions, LayerNorm, GELU, tied head."""
+
+    def __init__(self, vocabulary: int, d: int = 128, layers: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.heads, self.length = heads, 64
+        self.tokens, self.places = nn.Embedding(vocabulary, d), nn.Embedding(self.length, d)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "before": nn.LayerNorm(d, bias=False),
+                    "qkv": nn.Linear(d, 3 * d, bias=False),
+                    "out": nn.Linear(d, d, bias=False),
+                    "between": nn.LayerNorm(d, bias=False),
+                    "up": nn.Linear(d, 4 * d, bias=False),
+                    "down": nn.Linear(4 * d, d, bias=False),
+                }
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(d, bias=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                deep = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers) if deep else 0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each target [B, T]."""
+        x = self.tokens(tokens) + self.places.weight[: tokens.size(1)]
+        for block in self.blocks:
+            q, k, v = (
+                part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for part in block["qkv"](block["before"](x)).chunk(3, dim=-1)
+            )
+            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + block["out"](seen.transpose(1, 2).flatten(2))
+            x = x + block["down"](F.gelu(block["up"](block["between"](x))))
+        logits = F.linear(self.norm(x), self.tokens.weight)
+        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+
+class PeerNetwork:
+    """The same, to be evaluated as ours is."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: Peer) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.model(tokens, targets)  # type: ignore[no-any-return]
+
+
+def train_peer(train: str, held_out: str, seconds: float, seed: int) -> dict[str, Any]:
+    """nanoGPT's published settings for a CPU, its schedule stretched over the seconds."""
+    torch.manual_seed(seed)
+    letters = {letter: i for i, letter in enumerate(sorted(set(train)))}
+    tokens = torch.tensor([letters[letter] for letter in train])
+    model = Peer(len(letters))
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    rest = [weight for weight in model.parameters() if weight.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    begun_at, step, elapsed = time.perf_counter(), 0, 0.0
+    while elapsed < seconds:
+        part = elapsed / seconds
+        rate = 1e-4 + 0.5 * (1 + math.cos(math.pi * part)) * (1e-3 - 1e-4)
+        for group in optimizer.param_groups:
+            group["lr"] = min(rate, 1e-3 * (step + 1) / 100)
+        starts = torch.randint(len(tokens) - 65, (12,))
+        rows = torch.stack([tokens[start : start + 65] for start in starts])
+        model(rows[:, :-1], rows[:, 1:]).mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step, elapsed = step + 1, time.perf_counter() - begun_at
+    text = "".join(letter for letter in held_out if letter in letters)
+    spans = spans_of(torch.tensor([letters[letter] for letter in text]), 64, 10**9)
+    losses = windowed_losses(PeerNetwork(model), spans, 64)
+    size = len(text.encode()) * losses.numel() / len(text)
+    return {
+        "bits_per_byte": bits_per_byte(float(losses.sum()), round(size)),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "seconds": elapsed,
+        "steps": step,
+        "tokens": step * 12 * 64,
+    }
+
+
+class Last(Listener):
+    """Remembers the last step."""
+
+    report: StepReport | None = None
+
+    def stepped(self, report: StepReport) -> None:
+        self.report = report
+
+
+def run(config: PretrainConfig, *, rotary: bool) -> StepReport:
+    """`nope pretrain`, with rotary embeddings to the end if that is asked for."""
+    last = Last()
+    with launched(config) as (config, launch):
+        task = Pretraining.of(config, launch.device)
+        with begun(config, task.facts, task.origin, False, launch.ranks, config.max_steps) as place:
+            job = task.job(launch.device)
+            if rotary:
+                job = replace(job, rotary_steps=config.max_steps + 1)
+            execute(job, config, place, launch, [last], task.told)
+    assert last.report
+    return last.report
+
+
+def train_ours(
+    cell: dict[str, Any], held_out: str, directory: Path, seconds: float | None
+) -> dict[str, Any]:
+    """A cell of ours, for its steps or for so many seconds."""
+    settings = dict(cell)
+    rotary = settings.pop("rotary", False)
+    settings |= {
+        "dataset_path": str(directory / "datasets"),
+        "run_dir_path": str(directory / "runs"),
+        "device": "cpu",
+        "eval_interval": 10**9,
+        "checkpoint_interval": 10**9,
+        "sample_interval": 0,
+        "num_eval_samples": 1,
+    }
+    if seconds:
+        steps = 20
+        for part in (0.02, 0.2, 1.0):  # Trials, ever longer: the first steps are slow.
+            trial = PretrainConfig(**settings, max_steps=steps, run_name=f"trial-{part}")
+            done = run(trial, rotary=rotary)
+            steps = max(round(done.step * part * seconds / done.seconds), 20)
+        settings["max_steps"] = steps
+    last = run(PretrainConfig(**settings, run_name="cell"), rotary=rotary)
+    model_path = locate(str(directory / "runs" / "cell"))
+    model = NoPEGPT.from_saved(hub.load(model_path, rotary=True))
+    model.decoder.set_rotary(rotary)
+    tokenizer = BaseTokenizer.load(model_path)
+    tokens = torch.tensor(tokenizer.tokenize(held_out))
+    spans = spans_of(tokens, settings["tokens_per_sample"], 10**9)
+    losses = windowed_losses(OwnNetwork(model), spans, settings["tokens_per_sample"])
+    read = spans[:, 1:].flatten().tolist()
+    size = sum(len(tokenizer.bytes_of(token)) for token in read)
+    return {
+        "bits_per_byte": bits_per_byte(float(losses.sum()), size),
+        "parameters": model.num_weights,
+        "seconds": last.seconds,
+        "steps": last.step,
+        "tokens": last.tokens,
+    }
+
+
+def texts_of(path: Path) -> tuple[list[str], str]:
+    """Documents to train on, and the held-out text."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        documents = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+        held_out = "\n".join(document[:40_000] for document in documents[::10])
+        train = [text for place, text in enumerate(documents) if place % 10]
+        return train, held_out[:MOST_HELD_OUT]
+    text = path.read_text(encoding="utf-8")
+    middle = len(text) * 9 // 10
+    return [text[:middle]], text[middle:]
+
+
+def work(task: dict[str, Any]) -> None:
+    """One cell, in this process; prints what it came to."""
+    train, held_out = texts_of(Path(task["text"]))
+    cell = dict(task["cell"])
+    seconds = task["seconds"] and task["seconds"] * cell.pop("share", 1.0)
+    if cell.pop("peer", False):
+        found = train_peer("\n".join(train), held_out, seconds, task["seed"])
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            directory = Path(name)
+            lines = [json.dumps({"text": text}) for text in train]
+            (directory / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+            settings = PrepareConfig(
+                dataset_path=str(directory / "datasets"),
+                token_encoding=task["encoding"],
+                holdout_fraction=0.0,
+            )
+            prepare([str(directory / "text.jsonl")], settings)
+            cell = SHAPE | task["shape"] | {"seed": task["seed"]} | cell
+            if not task["seconds"]:
+                cell["max_steps"] = task["steps"]
+            found = train_ours(cell, held_out, directory, seconds)
+    print(json.dumps(found), flush=True)
+
+
+def measured(task: dict[str, Any]) -> dict[str, Any]:
+    """A cell in a process of its own."""
+    command = [sys.executable, __file__, "--work", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    """Print a table."""
+    if sys.argv[1:2] == ["--work"]:
+        work(json.loads(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["time", "ablation"])
+    parser.add_argument("text")
+    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--encoding", default="bpe:1024")
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
+    options = parser.parse_args()
+    cells = TIME if options.what == "time" else ABLATION
+    cells = {name: cell for name, cell in cells.items() if not options.only or name in options.only}
+    shape = {name: json.loads(value) for name, value in (x.split("=") for x in options.set)}
+    common = {"text": options.text, "encoding": options.encoding, "shape": shape}
+    common |= {"seconds": options.seconds if options.what == "time" else None}
+    common |= {"steps": options.steps}
+    options.device, options.threads = "cpu", torch.get_num_threads()
+    print(hardware(options), f"\n{SHAPE | shape}, {options.encoding}\n", file=sys.stderr)
+    print("| way | bits per byte | beside the first | seconds | steps | tokens | parameters |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    first: list[float] = []
+    for name, cell in cells.items():
+        rows = [measured(common | {"cell": cell, "seed": seed}) for seed in range(options.seeds)]
+        bits = [row["bits_per_byte"] for row in rows]
+        first = first or bits
+        print(f"| {name} | {' | '.join(figures(bits, first, rows))} |", flush=True)
+
+
+def figures(bits: list[float], first: list[float], rows: list[dict[str, Any]]) -> list[str]:
+    """The cells of a line of the table."""
+    differences = [one - other for one, other in zip(bits, first, strict=True)]
+    mean, error = statistics.fmean(differences), ""
+    if len(bits) > 1:
+        error = f" ± {statistics.stdev(differences) / math.sqrt(len(bits)):.4f}"
+    row = rows[0]
+    return [
+        f"{statistics.fmean(bits):.4f}",
+        f"{mean:+.4f}{error}, {statistics.fmean(bits) / statistics.fmean(first):.3f}x",
+        f"{statistics.fmean(row['seconds'] for row in rows):.0f}",
+        f"{row['steps']:,}",
+        f"{row['tokens']:,}",
+        f"{row['parameters']:,}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

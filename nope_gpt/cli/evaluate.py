@@ -1,0 +1,274 @@
+"""`nope eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nope_gpt.cli.findings import columns, estimate, shown
+from nope_gpt.cli.options import JSON, configured, option
+from nope_gpt.cli.terminal import progress_bar, result, say, talk, waiting
+from nope_gpt.config import EvaluateConfig
+from nope_gpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from nope_gpt.evaluation.report import Evaluation
+    from nope_gpt.model import NoPEGPT
+    from nope_gpt.tokenization import BaseTokenizer
+
+PLOT = option("plot", Path | None, "Draw all of it, as PNG or SVG.", metavar="FILE")
+
+
+CALIBRATE = option(
+    "calibrate",
+    bool,
+    "Only search what attention should be scaled by in longer contexts, on one half of the text, "
+    "and write it into the model's config.json if it helps on the other. n is the tokens that one "
+    "sees, T what was trained.",
+    default=False,
+)
+
+
+KEEP = option(
+    "record",
+    bool,
+    "Keep what is found with the model: evaluation.json in its run, or in its export, with the "
+    "picture, which TensorBoard and the cards of its exports show.",
+    default=False,
+)
+
+
+@configured(EvaluateConfig, CALIBRATE, PLOT, KEEP, JSON)
+def command(
+    config: EvaluateConfig, calibrate: bool, plot: Path | None, record: bool, json: bool
+) -> None:
+    """Measure what a model knows of a text, and how far beyond its training it reaches.
+
+    Every token is predicted in contexts of the trained length and of multiples of it, so that the
+    lengths differ in nothing else. A hidden number is asked for, and attention is looked at.
+
+    Examples:
+
+    - `nope eval --model runs/pretrain`
+
+    - `nope eval --model runs/pretrain --text book.txt --lengths 1,2 --plot reach.png`
+
+    - `nope eval --model exports/my-model --calibrate --lengths 2,4`
+
+    - `nope eval --model andrewdalpino/NoPE-GPT-400M-Base --dataset my-texts --context-length 1024`
+
+    - `nope eval --library transformers --model openai-community/gpt2 --text book.txt --lengths 1`
+    """
+    from nope_gpt.cli.loading import find_model, load_model
+    from nope_gpt.cli.plotting import WIDE, figure_for, picture_of
+    from nope_gpt.evaluation.network import OwnNetwork
+    from nope_gpt.evaluation.record import RECORD, keep, place_for
+    from nope_gpt.evaluation.report import evaluate
+
+    refuse_contradictions(config, calibrate=calibrate, record=record, plot=plot)
+    figure = figure_for(plot, *WIDE) if plot else None
+    if config.library == "transformers":
+        compare(config, figure, plot, as_json=json)
+        return
+    directory = find_model(config, "eval")
+    place = place_for(str(config.model), directory) if record else None
+    with waiting(f"loading {config.model}"):
+        model, tokenizer = load_model(directory, config)
+    length = config.context_length or model.trained_context_length
+    if length is None:
+        raise UsageError(
+            "it is not known on how long contexts this model was trained",
+            where=str(directory),
+            hint="say it: --context-length 4096",
+        )
+    tokens = text_of(config, tokenizer)
+    if calibrate:
+        write_calibration(model, directory, tokens, length, config, as_json=json)
+        return
+    with counting() as started:
+        found = evaluate(OwnNetwork(model), tokenizer, tokens, length, config, started)
+    if place:
+        keep(place, directory, found, picture_of(found))
+        say(f"kept in {place / RECORD}")
+    tell(found, figure, plot, as_json=json)
+
+
+def refuse_contradictions(
+    config: EvaluateConfig, *, calibrate: bool, record: bool, plot: Path | None
+) -> None:
+    """Refuse flags that ask for different things.
+
+    Raises:
+        UsageError: Names them.
+    """
+    if calibrate and (record or plot):
+        other = "--record" if record else "--plot"
+        raise UsageError(
+            f"--calibrate only searches, and {other} is of what is measured",
+            hint="do one after the other",
+        )
+    for flag, given in (("--calibrate", calibrate), ("--record", record)):
+        if given and config.library != "nope":
+            raise UsageError(f"{flag} is for models of nope's own", hint="leave it out")
+        if given and (config.adapter or config.dtype != "float32"):
+            other = "--adapter" if config.adapter else f"--dtype {config.dtype}"
+            raise UsageError(
+                f"{flag} writes beside the stored weights, and {other} changes them",
+                hint="leave it out, or export the model that you mean first",
+            )
+
+
+def compare(
+    config: EvaluateConfig,
+    figure: Figure | None,
+    plot: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """The same of a model of the transformers library."""
+    import torch
+
+    from nope_gpt.evaluation.foreign import open_foreign
+    from nope_gpt.evaluation.report import evaluate
+
+    with waiting(f"loading {config.model}"):
+        network, tokenizer, known = open_foreign(config)
+    length = config.context_length or known
+    if length is None:
+        raise UsageError(
+            "it is not known how long contexts this model was trained on",
+            where=str(config.model),
+            hint="say it: --context-length 1024",
+        )
+    tokens = torch.tensor(tokenizer.tokenize(read_text(str(config.text))))
+    with counting() as started:
+        found = evaluate(network, tokenizer, tokens, length, config, started)
+    tell(found, figure, plot, as_json=as_json)
+
+
+def tell(found: Evaluation, figure: Figure | None, plot: Path | None, *, as_json: bool) -> None:
+    """Draw what was found, if that is asked for, and print it."""
+    from nope_gpt.cli.plotting import draw_evaluation, save
+
+    if figure and plot:
+        draw_evaluation(found, figure)
+        save(figure, plot)
+        say(f"drawn in {plot}")
+    result(shown(found), found.as_dict(), as_json)
+
+
+def write_calibration(
+    model: NoPEGPT,
+    directory: Path,
+    tokens: Tensor,
+    trained_length: int,
+    config: EvaluateConfig,
+    *,
+    as_json: bool,
+) -> None:
+    """Search scales of attention, and keep those that help."""
+    from nope_gpt import hub
+    from nope_gpt.evaluation.calibration import CANDIDATES, calibrate
+    from nope_gpt.evaluation.report import Plan
+    from nope_gpt.sharpening import NONE, as_setting
+
+    plan = Plan(config, tokens, trained_length)
+    lengths = [length for length in plan.lengths if length > trained_length]
+    if not lengths:
+        raise UsageError("there is no longer context to calibrate for", hint="--lengths 2,4")
+    hub.refuse_to_change(directory)
+    if model.trained_context_length not in (None, trained_length):
+        raise UsageError(
+            f"this model was trained on {model.trained_context_length:,} tokens of context, and "
+            f"not on {trained_length:,}",
+            where=str(directory),
+            hint="leave --context-length out",
+        )
+    with counting() as started:
+        advance = started(len(lengths) * (len(CANDIDATES) + 4) * plan.num_tokens // 2)
+        choices = calibrate(model, plan.spans, trained_length, lengths, advance)
+    found = {choice.length: choice.best for choice in choices if choice.helps}
+    if found or model.sharpenings:
+        off = {choice.length: NONE for choice in choices if not choice.helps}
+        hub.write_sharpenings(directory, model.sharpenings | off | found, trained_length)
+    rows = [
+        [
+            f"{choice.length:,}",
+            choice.best.told,
+            estimate(choice.gain),
+            estimate(choice.cost),
+            "written" if choice.helps else "no gain beyond chance: off",
+        ]
+        for choice in choices
+    ]
+    table = columns(
+        ["context", "scale", "loss falls by", f"rises by at {trained_length:,}", ""], rows
+    )
+    value = {
+        "calibration": [choice.as_dict() for choice in choices],
+        "attention_scales": as_setting(found),
+    }
+    result(table, value, as_json)
+
+
+def text_of(config: EvaluateConfig, tokenizer: BaseTokenizer) -> Tensor:
+    """The tokens to predict: of a file, or of the hold-out of a data set.
+
+    Raises:
+        NopeError: There is no such file or data set, or it has other tokens.
+    """
+    import torch
+
+    from nope_gpt.data.finding import find_dataset
+    from nope_gpt.data.shards import Dataset, TokenStream
+
+    if config.text is not None:
+        return torch.tensor(tokenizer.tokenize(read_text(config.text)))
+    dataset = Dataset.open(find_dataset(Path(config.dataset_path).expanduser(), config.dataset))
+    if dataset.tokenizer["fingerprint"] != tokenizer.fingerprint:
+        raise UsageError(
+            f"the data set has tokens of {dataset.tokenizer['name']}, and the model those of "
+            f"{tokenizer.name}",
+            where=str(dataset.path),
+            hint="--text FILE, or prepare the text with --token-encoding MODEL",
+        )
+    stream = TokenStream(dataset, holdout=True)
+    return torch.from_numpy(stream.read(0, len(stream)))
+
+
+def read_text(name: str) -> str:
+    """A file, or for - standard input.
+
+    Raises:
+        MissingError: It cannot be read.
+        UsageError: It is no text.
+    """
+    import sys
+
+    from nope_gpt.errors import MissingError
+
+    try:
+        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise MissingError(f"cannot be read: {error.strerror}", where=name) from None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"this is no text in UTF-8: byte {error.start:,}", where=name) from None
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A bar of the tokens that are read."""
+    with progress_bar(talk()) as bar:
+
+        def started(total: int) -> Callable[[int], None]:
+            task = bar.add_task("reading", total=total, figures="")
+            return lambda count: bar.advance(task, count)
+
+        yield started

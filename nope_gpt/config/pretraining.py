@@ -1,0 +1,130 @@
+"""The knobs of `pretrain`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from nope_gpt.config.panels import DATA, EVALUATION, MODEL, OPTIMIZATION
+from nope_gpt.config.shape import ModelShape
+from nope_gpt.config.training import TrainingConfig
+from nope_gpt.errors import UsageError
+from nope_gpt.knobs import knob
+
+ENCODINGS = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(ModelShape, TrainingConfig):
+    """Text to a base model."""
+
+    command: ClassVar[str] = "pretrain"
+
+    dataset_subset: str | None = knob(
+        None,
+        "FineWeb subset whose data set to train on, `none` for the full 15T tokens.",
+        panel=DATA,
+        choices=("sample-10BT", "sample-100BT", "sample-350BT", "none"),
+        shown_default="sample-10BT if it is prepared",
+    )
+    token_encoding: str | None = knob(
+        None,
+        "Encoding of that FineWeb data set.",
+        panel=DATA,
+        choices=ENCODINGS,
+        shown_default="r50k_base if it is prepared",
+    )
+    tokens_per_sample: int = knob(
+        4096,
+        "Tokens in a training sequence: the context length that the model is trained on.",
+        panel=DATA,
+        minimum=1,
+    )
+    max_steps: int = knob(10000, "Updates of the weights.", panel=OPTIMIZATION, minimum=1)
+    initialization: str = knob(
+        "scaled",
+        "scaled starts near the loss of a uniform guess at any width; zero too, and no block adds "
+        "anything at first; seed is torch's default, which starts near 1,000 nats.",
+        panel=MODEL,
+        choices=("zero", "scaled", "seed"),
+    )
+    anchor: bool = knob(
+        False,
+        "Let every sample, and every piece of one, begin with the end-of-text token, an anchor to "
+        "count positions from; whatever the model reads later begins with it too.",
+        panel=DATA,
+    )
+    length_growth: float = knob(
+        0.0,
+        "Share of the steps, the first ones, in which samples are cut into pieces: by halves down "
+        "to 16 tokens or more, then into twice as long ones, and so on until they are whole.",
+        panel=OPTIMIZATION,
+        minimum=0.0,
+        maximum=1.0,
+    )
+    recall: float = knob(
+        0.0,
+        "Weight of a second loss: from what the second block makes of a token, the one before is "
+        "to be told. It teaches attention where things are, and falls to nothing until the end.",
+        panel=OPTIMIZATION,
+        minimum=0.0,
+    )
+    rotary_until: float = knob(
+        0.0,
+        "Turn queries and keys by their position in this share of the steps, the first ones. Then "
+        "it is dropped, and what is left is a model without positions.",
+        panel=OPTIMIZATION,
+        minimum=0.0,
+        below=1.0,
+    )
+    tokens_per_step: int | None = knob(
+        None,
+        "Tokens for each update of the weights, over all ranks: the accumulation follows.",
+        panel=OPTIMIZATION,
+        minimum=1,
+        shown_default="batch size x accumulation x tokens per sample",
+    )
+    document_masking: bool = knob(
+        False, "Let no token see those of another document in its sample.", panel=DATA
+    )
+    sample_interval: int = knob(
+        1000,
+        "Continue a held-out text every this many steps, for TensorBoard; 0 for never.",
+        panel=EVALUATION,
+        minimum=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        head = self.embedding_dimensions // self.num_q_heads
+        if self.rotary_until and head % 2:
+            raise UsageError(
+                f"--rotary-until turns pairs of dimensions, and a head has {head} of them",
+                hint="leave it out, or choose other --embedding-dimensions or --num-q-heads",
+            )
+        if self.length_growth and (self.tokens_per_sample % 2 or self.tokens_per_sample < 32):
+            raise UsageError(
+                f"--length-growth halves samples down to 16 tokens or more, and "
+                f"{self.tokens_per_sample} tokens cannot be halved so",
+                hint="leave it out, or choose another --tokens-per-sample",
+            )
+        if self.anchor and self.document_masking:
+            raise UsageError(
+                "--anchor is at the beginning of a sample, and with --document-masking the other "
+                "documents in it would not see it",
+                hint="leave one out",
+            )
+        if self.tokens_per_step is None:
+            return
+        tokens = self.batch_size * self.tokens_per_sample
+        if self.tokens_per_step % tokens:
+            below = self.tokens_per_step // tokens * tokens
+            near = [str(count) for count in (below, below + tokens) if count]
+            raise UsageError(
+                f"--tokens-per-step is {self.tokens_per_step:,}, which batches of "
+                f"{self.batch_size} samples of {self.tokens_per_sample} tokens, {tokens:,} in "
+                f"each, do not divide",
+                hint=f"--tokens-per-step {' or '.join(near)}",
+            )
+        steps = self.tokens_per_step // tokens
+        object.__setattr__(self, "gradient_accumulation_steps", steps)

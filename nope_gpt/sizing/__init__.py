@@ -1,0 +1,1 @@
+"""The calculator: parameters, arithmetic, memory, time, and plans that fit; without torch."""

@@ -1,0 +1,65 @@
+"""What was measured on a machine, for later answers about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Some real steps on a device.
+
+    Attributes:
+        device: Its name.
+        peak: The most bytes that its allocator gave out.
+        calculated: What the closed form says of the same steps.
+        tokens_per_second: Trained.
+        flops: Operations a second that training got, as PaLM counts them.
+        precision: Of the matrix products.
+        torch: Its version.
+    """
+
+    device: str
+    peak: int
+    calculated: int
+    tokens_per_second: float
+    flops: float
+    precision: str
+    torch: str
+
+    @property
+    def memory_ratio(self) -> float:
+        """Measured to calculated."""
+        return self.peak / self.calculated
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def own_cpu() -> str:
+    """The name of this machine's processor."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} x {os.cpu_count()}"
+    return f"{platform.processor() or platform.machine()} x {os.cpu_count()}"
+
+
+def store() -> Path:
+    """The file of all calibrations of this user."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "nope-gpt" / "calibrations.json"
+
+
+def known() -> dict[str, Calibration]:
+    """The calibrations by device; those of a damaged file are gone."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        found = json.loads(store().read_text(encoding="utf-8"))
+        return {name: Calibration(**values) for name, values in found.items()}
+    return {}

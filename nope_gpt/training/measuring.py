@@ -1,0 +1,210 @@
+"""The memory of a training step, counted while it runs: with fake tensors anywhere in seconds,
+with real ones on the device that is to train.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import time
+import weakref
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nope_gpt import lora
+from nope_gpt.artifacts import write_json, writing
+from nope_gpt.config import ModelConfig, PretrainConfig, Workload
+from nope_gpt.data.batches import Batch
+from nope_gpt.device import Ranks
+from nope_gpt.encodings import CONTROL_TOKENS
+from nope_gpt.errors import CapacityError
+from nope_gpt.model import NoPEGPT
+from nope_gpt.sizing import calibration
+from nope_gpt.sizing.arithmetic import training_flops_per_token
+from nope_gpt.sizing.calibration import Calibration
+from nope_gpt.sizing.memory import training_memory
+from nope_gpt.sizing.units import format_bytes
+from nope_gpt.training.distribution import synchronizing
+from nope_gpt.training.learner import Learner
+from nope_gpt.training.objectives import CrossEntropy, Objective, Preference
+from nope_gpt.training.planning import is_of_memory
+
+ALONE = Ranks(rank=0, local_rank=0, world_size=1)
+
+NUM_STEPS = 3
+"""To measure."""
+
+NEW_ROWS = len(CONTROL_TOKENS)
+"""Of the embedding: those of the control tokens, which `nope tune` adds."""
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts every tensor that is made under it, real or fake, until the last use of it ends.
+
+    Attributes:
+        now: Bytes alive.
+        peak: The most that were ever alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves if not leaf.is_meta]
+        for storage in {tensor.untyped_storage() for tensor in tensors} - set(self.known):
+            self.known.add(storage)
+            weakref.finalize(storage, self.count, -storage.nbytes())
+            # Autograd adds up the gradients of a weight in place, but not while a mode looks on.
+            in_place = function is torch.ops.aten.add.Tensor and result.dim() == 2
+            self.count(storage.nbytes(), passing=in_place)
+        return result
+
+    def count(self, size: int, *, passing: bool = False) -> None:
+        """Take in that some bytes are alive now, or no more."""
+        self.now += size
+        if not passing:
+            self.peak = max(self.peak, self.now)
+
+
+def rehearsed_peak(work: Workload, device: torch.device) -> int:
+    """The most bytes alive on one rank in two steps without any computation.
+
+    The network, the loss and the optimizers are those that train, eager, on tensors that have a
+    shape and no numbers.
+
+    Args:
+        work: What is trained on.
+        device: Whose kernels are asked for their shapes; it need not have the memory.
+    """
+    live = LiveBytes()
+    with FakeTensorMode(), live:
+        learner = learner_of(work, device)
+        for _ in range(2):
+            train_step(learner, work)
+    return live.peak
+
+
+def measured(work: Workload, device: torch.device) -> Calibration:
+    """Train some real steps on a device, note what they took, and return it.
+
+    Raises:
+        CapacityError: They do not fit.
+    """
+    try:
+        peak, seconds = real_steps(work, device)
+    except RuntimeError as error:
+        if not is_of_memory(error):
+            raise
+        needed = training_memory(work).peak
+        raise CapacityError(
+            f"these steps do not fit on {device}: by plan they take {format_bytes(needed)}",
+            hint="a smaller --batch-size, or --activation-checkpointing",
+        ) from None
+    tokens = work.tokens * min(work.gradient_accumulation_steps, 2)
+    flops = tokens * training_flops_per_token(work, work.tokens_per_sample, causal=False)
+    is_gpu = device.type == "cuda"
+    found = Calibration(
+        device=torch.cuda.get_device_name(device) if is_gpu else calibration.own_cpu(),
+        peak=peak,
+        calculated=training_memory(work).peak,
+        tokens_per_second=tokens / seconds,
+        flops=flops / seconds,
+        precision=work.precision,
+        torch=torch.__version__,
+    )
+    every = calibration.known() | {found.device: found}
+    path = calibration.store()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {name: each.as_dict() for name, each in every.items()})
+    return found
+
+
+def real_steps(work: Workload, device: torch.device) -> tuple[int, float]:
+    """The most bytes that the device's allocator gave out, and the seconds of a step."""
+    peak = 0 if device.type == "cuda" else allocated_peak(work, device)
+    learner = learner_of(work, device)
+    train_step(learner, work)
+    seconds = math.inf
+    for _ in range(NUM_STEPS):
+        begun = time.perf_counter()
+        train_step(learner, work)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = min(seconds, time.perf_counter() - begun)
+    return peak or torch.cuda.max_memory_allocated(device), seconds
+
+
+def allocated_peak(work: Workload, device: torch.device, ranks: Ranks = ALONE) -> int:
+    """The most bytes that torch's allocator for the CPU gave out in two steps, by its profiler."""
+    gc.collect()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        learner = learner_of(work, device, ranks)
+        for _ in range(2):
+            train_step(learner, work)
+    assert profile.profiler is not None
+    events = profile.profiler.kineto_results.events()
+    allocations = [event for event in events if event.name() == "[memory]"]
+    allocations.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(int(event.nbytes()) for event in allocations))
+
+
+def learner_of(work: Workload, device: torch.device, ranks: Ranks = ALONE) -> Learner:
+    """What trains on a workload, as `pretrain` and `tune` build it, with fresh weights."""
+    precision = getattr(torch, work.precision)
+    shape = {field.name: getattr(work, field.name) for field in fields(ModelConfig)}
+    with torch.device(device):
+        model = NoPEGPT(**shape).train()
+        objective: Objective = CrossEntropy()
+        if not work.trains_all:
+            lora.adapt(
+                model,
+                work.rank,
+                precision=precision,
+                new_rows=NEW_ROWS,
+                embeddings=work.embeddings,
+            )
+        if work.method == "dpo":
+            objective = Preference(model, beta=0.1)
+    model.loss_chunk = work.loss_chunk
+    if work.recomputed_blocks:
+        model.decoder.enable_activation_checkpointing(work.checkpointed_fraction)
+    if work.compile == "on":
+        model.decoder.compile_blocks()
+    config = PretrainConfig(optimizer=work.optimizer, ddp_sharding_level=work.ddp_sharding_level)
+    return Learner(model, objective, config, precision, ranks)
+
+
+def train_step(learner: Learner, work: Workload) -> None:
+    """Train on a batch of one token over and over; of an update's batches on two at most."""
+    shape = (work.batch_size, work.tokens_per_sample)
+    count = 0
+    if work.method != "pretrain":  # Answers lie end to end.
+        shape, count = (1, work.tokens), work.tokens // work.tokens_per_sample
+    tokens = torch.zeros(shape, dtype=torch.long)
+    documents = None
+    if count:
+        documents = torch.arange(count, dtype=torch.int32).repeat_interleave(work.tokens_per_sample)
+        documents = documents[None]
+    batches = min(work.gradient_accumulation_steps, 2)
+    for index in range(batches):
+        with synchronizing(learner.network, learner.config, index == batches - 1):
+            learner.forward_backward(Batch(tokens, tokens, documents, count), tokens.numel())
+    learner.clipped_norm()
+    learner.update(1.0)
+    learner.forget_gradients()
