@@ -155,7 +155,11 @@ def splits_of(pattern: str) -> tuple[str | None, str | None]:
 
 
 def tokenizer_json(
-    ranks: Ranks, pattern: str, special: Mapping[str, int], plain: Mapping[str, int]
+    ranks: Ranks,
+    pattern: str,
+    special: Mapping[str, int],
+    plain: Mapping[str, int],
+    first_token: int | None = None,
 ) -> dict[str, Any]:
     """A tokenizer in the format of Hugging Face's `tokenizers`.
 
@@ -164,6 +168,7 @@ def tokenizer_json(
         pattern: tiktoken's, for cutting text into words.
         special: Tokens that steer, found in any text.
         plain: Tokens that no text becomes, and that are text when a model writes them.
+        first_token: What every text is to begin with, if it is.
     """
     regex, _ = splits_of(pattern)
     own = {"add_prefix_space": False, "trim_offsets": True}
@@ -176,6 +181,12 @@ def tokenizer_json(
             "invert": False,
         }
         words = {"type": "Sequence", "pretokenizers": [cut, words]}
+    vocabulary = {spelled(token): rank for token, rank in ranks.items()} | dict(plain)
+    vocabulary |= special  # Or they would get the ids after the last.
+    after: dict[str, Any] = {"type": "ByteLevel", **own, "use_regex": True}
+    if first_token is not None:
+        name = next(text for text, id in vocabulary.items() if id == first_token)
+        after = {"type": "Sequence", "processors": [after, beginning_with(name, first_token)]}
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
         "version": "1.0",
@@ -186,7 +197,7 @@ def tokenizer_json(
         ],
         "normalizer": None,
         "pre_tokenizer": words,
-        "post_processor": {"type": "ByteLevel", **own, "use_regex": True},
+        "post_processor": after,
         "decoder": {"type": "ByteLevel", **own, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -197,11 +208,21 @@ def tokenizer_json(
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {spelled(token): rank for token, rank in ranks.items()}
-            | dict(plain)
-            | dict(special),  # Or they would get the ids after the last.
+            "vocab": vocabulary,
             "merges": [[spelled(left), spelled(right)] for left, right in merges(ranks)],
         },
+    }
+
+
+def beginning_with(name: str, token: int) -> dict[str, Any]:
+    """What puts a token before a text, and between two that belong together nothing."""
+    token_before = {"SpecialToken": {"id": name, "type_id": 0}}
+    one, other = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [token_before, one],
+        "pair": [token_before, one, other],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}},
     }
 
 

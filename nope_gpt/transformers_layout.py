@@ -115,7 +115,7 @@ def settings(
         # The older spelling, which MLX-LM reads: without it it rotates.
         "rope_scaling": UNTURNED,
         "rope_theta": 10000.0,
-        "bos_token_id": None,
+        "bos_token_id": first_token,
         "eos_token_id": ends[0],
         "pad_token_id": pad,
         "use_cache": True,

@@ -520,14 +520,20 @@ WORDS = ["--lengths", "1,2", "--num-tokens", "512", "--context-length", "128"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.usefixtures("here")
-def test_transformers_finds_the_same_of_the_same_model(nope, tmp_path):
+def test_transformers_finds_the_same_of_the_same_model(nope, tmp_path, anchored):
     """An oracle that shares no code: the export in the real library, beside ours."""
-    place = tmp_path / "theirs"
-    done = nope("export", *MODEL[:2], "--format", "transformers", "--output", place)
+    own, place = tmp_path / "ours", tmp_path / "theirs"
+    run = locate("runs/pretrain")
+    tokenizer, model = BaseTokenizer.load(run), NoPEGPT.from_pretrained(run)
+    model.first_token = tokenizer.end_of_text if anchored else None
+    model.save_pretrained(own)
+    tokenizer.save(own)
+    done = nope("export", "--model", own, "--format", "transformers", "--output", place)
     assert done.returncode == 0, done.stderr
     words = [*WORDS, "--text", "held-out.txt", "--device", "cpu", "--dtype", "float32", "--json"]
-    ours = nope("eval", "--model", "runs/pretrain", *words)
+    ours = nope("eval", "--model", own, *words)
     theirs = nope("eval", "--model", place, "--library", "transformers", *words)
     assert theirs.returncode == 0, theirs.stderr
     one, other = (json.loads(done.stdout) for done in (ours, theirs))

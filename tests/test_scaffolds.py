@@ -11,8 +11,9 @@ import torch
 from reference import forward
 from safetensors.torch import load_file
 from small import SHAPE, byte_dataset, small_model, small_run
-from small_chats import dataset_of, questions, tuned
+from small_chats import dataset_of, questions, tuned, tuning
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 
 from nope_gpt import adapters, hub, initialization
 from nope_gpt.batching import Request, answers
@@ -26,7 +27,9 @@ from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.evaluation.lengths import windowed_losses
 from nope_gpt.evaluation.network import OwnNetwork
 from nope_gpt.export.exporting import export
+from nope_gpt.export.gguf_readers import GgufReader
 from nope_gpt.model import NoPEGPT
+from nope_gpt.published_layout import TIED
 from nope_gpt.recall import Recall, before_each
 from nope_gpt.streaming import TextStream
 from nope_gpt.tokenization import BaseTokenizer
@@ -339,23 +342,44 @@ def test_a_tuned_model_has_the_control_token_for_an_anchor(tmp_path: Path) -> No
     model.first_token = 256
     model.save_pretrained(base)
     BaseTokenizer.of_bytes().save(base)
-    run, _ = tuned(base, dataset_of(questions(12), base, tmp_path), tmp_path / "runs")
+    chats = dataset_of(questions(12), base, tmp_path)
+    begun = tuning(base, chats)
+    rows, names = begun.saved.state[TIED], begun.tokenizer
+    assert torch.equal(rows[names.im_start_index], rows[256])
+    assert not torch.equal(rows[names.im_end_index], rows[256])
+    run, _ = tuned(base, chats, tmp_path / "runs")
     assert NoPEGPT.from_pretrained(run).first_token is None
     folded = adapters.folded(hub.load(base), base, [adapters.place_of(str(run))])
     assert folded.first_token is None
     assert hub.load(base).first_token == 256
 
 
-def test_other_programs_are_told_of_the_anchor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["hub", "transformers", "llama", "gguf"])
+def test_an_exported_tokenizer_puts_the_anchor_before_every_text(
+    tmp_path: Path, format: str
+) -> None:
     model = small_model(vocabulary_size=257)
     model.first_token = 256
     model.save_pretrained(tmp_path / "model")
     BaseTokenizer.of_bytes().save(tmp_path / "model")
-    for format in ("hub", "transformers"):
-        settings = ExportConfig(
-            model=str(tmp_path / "model"), format=format, output=str(tmp_path / format)
-        )
-        (made,) = export(settings)
-        assert NoPEGPT.from_pretrained(made.path).first_token == 256
-        card = (made.path / "README.md").read_text()
-        assert (r"| Begins with | <\|endoftext\|>: it was trained" in card) == (format != "hub")
+    settings = ExportConfig(
+        model=str(tmp_path / "model"), format=format, output=str(tmp_path / format)
+    )
+    (made,) = export(settings)
+    who = "nope" if format == "hub" else "its tokenizer"
+    card = (made.path / "README.md").read_text()
+    assert rf"| Begins with | <\|endoftext\|>, before every text: {who} puts it there |" in card
+    if format == "gguf":
+        (path,) = made.path.glob("*.gguf")
+        reader = GgufReader(path, "f32")
+        assert reader.model.first_token == 256
+        assert reader.tokenize("a<|endoftext|>")[:2] == [256, 97]
+        assert 256 not in reader.tokenize("a<|endoftext|>")[1:]
+        return
+    assert NoPEGPT.from_pretrained(made.path).first_token == 256
+    if format != "hub":
+        tokenizer = AutoTokenizer.from_pretrained(made.path)
+        assert tokenizer.bos_token_id == 256
+        assert tokenizer("ab")["input_ids"] == [256, 97, 98]
+        assert tokenizer("ab", "c")["input_ids"] == [256, 97, 98, 99]
+        assert tokenizer.decode([256, 97], skip_special_tokens=True) == "a"

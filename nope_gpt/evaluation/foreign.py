@@ -17,6 +17,7 @@ from nope_gpt.config import EvaluateConfig
 from nope_gpt.cross_entropy import IGNORED
 from nope_gpt.device import has_bfloat16, resolve_device
 from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.evaluation.network import beginning_with
 from nope_gpt.sharpening import NONE, Sharpening
 
 
@@ -25,10 +26,12 @@ class ForeignNetwork:
 
     Args:
         model: In eval mode, on its device.
+        first_token: What its tokenizer puts before every text, if it does.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, first_token: int | None = None) -> None:
         self.model = model
+        self.first_token = first_token
 
     @property
     def device(self) -> torch.device:
@@ -37,6 +40,7 @@ class ForeignNetwork:
     @torch.inference_mode()
     def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The cross entropy of each target [B, T], a row at a time, as all its logits exist."""
+        tokens = beginning_with(self.first_token, tokens)
         rows = [
             F.cross_entropy(
                 self.model(input_ids=row[None], use_cache=False).logits[0].float(),
@@ -51,6 +55,7 @@ class ForeignNetwork:
     @torch.inference_mode()
     def last_logits(self, tokens: Tensor, count: int) -> Tensor:
         """The logits after each of the last tokens: [B, T] to [B, count, V]."""
+        tokens = beginning_with(self.first_token, tokens)
         output = self.model(input_ids=tokens, use_cache=False, logits_to_keep=count)
         return output.logits  # type: ignore[no-any-return]
 
@@ -69,6 +74,12 @@ class ForeignTokenizer:
         """The tokens of a text, and no others around them."""
         found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return list(found)
+
+    @property
+    def first_token(self) -> int | None:
+        """What it puts before every text, if it does."""
+        whole, alone = list(self.tokenizer("a")["input_ids"]), self.tokenize("a")
+        return whole[0] if whole[0] != alone[0] else None
 
     def num_bytes(self, tokens: list[int]) -> int:
         """Of the text that some tokens stand for."""
@@ -101,8 +112,9 @@ def open_foreign(config: EvaluateConfig) -> tuple[ForeignNetwork, ForeignTokeniz
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise NopeError(f"transformers does not read this model: {reason}", where=name) from None
     length = getattr(model.config, "max_position_embeddings", None)
-    network = ForeignNetwork(model.eval().to(device))
-    return network, ForeignTokenizer(tokenizer), length
+    vocabulary = ForeignTokenizer(tokenizer)
+    network = ForeignNetwork(model.eval().to(device), vocabulary.first_token)
+    return network, vocabulary, length
 
 
 def refuse_impossible(config: EvaluateConfig) -> None:

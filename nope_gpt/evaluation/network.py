@@ -64,11 +64,11 @@ class OwnNetwork:
 
     @torch.inference_mode()
     def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.model(self.anchored(tokens), targets, each=True)  # type: ignore[no-any-return]
+        return self.model(self.begun(tokens), targets, each=True)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def last_logits(self, tokens: Tensor, count: int) -> Tensor:
-        hidden = self.model.decoder(self.model.token_embeddings(self.anchored(tokens)))
+        hidden = self.model.decoder(self.model.token_embeddings(self.begun(tokens)))
         return self.model.logits(hidden[:, -count:])
 
     @contextmanager
@@ -79,10 +79,15 @@ class OwnNetwork:
         with sharpened(model, found, trained or length):
             yield found
 
-    def anchored(self, tokens: Tensor) -> Tensor:
+    def begun(self, tokens: Tensor) -> Tensor:
         """Contexts that begin as the model was trained to see them."""
-        if self.model.first_token is None:
-            return tokens
-        tokens = tokens.clone()
-        tokens[:, 0] = self.model.first_token
+        return beginning_with(self.model.first_token, tokens)
+
+
+def beginning_with(token: int | None, tokens: Tensor) -> Tensor:
+    """Contexts [B, T] with another first token in each row, if one is given."""
+    if token is None:
         return tokens
+    tokens = tokens.clone()
+    tokens[:, 0] = token
+    return tokens

@@ -196,7 +196,7 @@ def entropies(network: Network, tokens: Tensor) -> list[tuple[int, float]]:
         return []
     positions = log_spaced(tokens.size(1))
     places = torch.tensor(positions, device=network.device)
-    tokens = network.anchored(tokens.to(network.device))
+    tokens = network.begun(tokens.to(network.device))
     with network.planned(tokens.size(1)):
         found = attention_entropies(network.model, tokens, places)
     return list(zip(positions, found.mean(dim=(0, 1)).tolist(), strict=True))

@@ -198,8 +198,10 @@ def write_vocabulary(writer: GGUFWriter, source: Source) -> None:
     writer.add_eos_token_id(source.ends[0])
     writer.add_eot_token_id(source.ends[0])
     writer.add_pad_token_id(source.tokenizer.pad_token)
-    writer.add_bos_token_id(source.tokenizer.end_of_text)  # Never added, but never another's.
-    writer.add_add_bos_token(False)
+    first = source.saved.first_token
+    # Named even where it is never added, or llama.cpp takes another's.
+    writer.add_bos_token_id(source.tokenizer.end_of_text if first is None else first)
+    writer.add_add_bos_token(first is not None)
     writer.add_add_eos_token(False)
 
 

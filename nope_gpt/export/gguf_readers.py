@@ -104,7 +104,9 @@ def saved_in(file: Any, where: str) -> SavedModel:
         num_decoder_layers=num_layers,
         hidden_ratio=value(file, "llama.feed_forward_length") // width,
     )
-    return SavedModel(config, state, None)
+    begins = value(file, "tokenizer.ggml.add_bos_token")
+    first_token = value(file, "tokenizer.ggml.bos_token_id") if begins else None
+    return SavedModel(config, state, None, first_token=first_token)
 
 
 def does_nothing(name: str, tensor: Tensor) -> bool:
@@ -182,7 +184,7 @@ class LlamaCppReader:
         return result
 
     def tokenize(self, text: str) -> list[int]:
-        return list(self.llama.tokenize(text.encode(), add_bos=False, special=False))
+        return list(self.llama.tokenize(text.encode(), special=False))
 
     def tokenize_prompt(self, messages: list[Message]) -> list[int]:
         from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -52,7 +52,7 @@ class Reader(Protocol):
         """The likeliest tokens that follow, one after the other, with the program's own cache."""
 
     def tokenize(self, text: str) -> list[int]:
-        """The tokens of a text."""
+        """The tokens of a text as the network is to see it."""
 
     def tokenize_prompt(self, messages: list[Message]) -> list[int]:
         """The tokens of a conversation and the header of the answer to come."""
@@ -90,7 +90,8 @@ class OwnReader:
         return result
 
     def tokenize(self, text: str) -> list[int]:
-        return self.tokenizer.tokenize(text)
+        first = self.model.first_token
+        return [*([] if first is None else [first]), *self.tokenizer.tokenize(text)]
 
     def tokenize_prompt(self, messages: list[Message]) -> list[int]:
         assert isinstance(self.tokenizer, ChatTokenizer)

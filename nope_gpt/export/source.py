@@ -69,11 +69,11 @@ class Source:
         found = {}
         if longer := self.longer(format):
             found["In longer contexts"] = longer
-        if self.saved.first_token is not None and format != "hub":
+        if self.saved.first_token is not None:
             token = self.tokenizer.decode_tokens([self.saved.first_token])
             found["Begins with"] = (
-                f"{token}: it was trained to find it before every text, and programs other than "
-                "nope do not put it there"
+                f"{token}, before every text: {'nope' if format == 'hub' else 'its tokenizer'} "
+                "puts it there"
             )
         return found
 

@@ -46,15 +46,21 @@ def write_tokenizer(directory: Path, source: Source) -> None:
     """Write the tokenizer, and for a chat model the template."""
     encoding = source.tokenizer.encoding
     document = tokenizer_json(
-        source.tokenizer.ranks, encoding._pat_str, source.special_tokens, source.plain_tokens
+        source.tokenizer.ranks,
+        encoding._pat_str,
+        source.special_tokens,
+        source.plain_tokens,
+        source.saved.first_token,
     )
     write_json(directory / TOKENIZER, document)
     if source.is_chat:
         write_file(directory / TEMPLATE, jinja(source.special_tokens).encode())
+    texts = {id: text for text, id in source.special_tokens.items()}
+    first = source.saved.first_token
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": source.context_length,
-        "bos_token": None,
+        "bos_token": None if first is None else texts.get(first),
         "eos_token": "<|im_end|>" if source.is_chat else END_OF_TEXT,
         "pad_token": END_OF_TEXT,
         "padding_side": "left",

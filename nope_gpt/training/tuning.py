@@ -305,17 +305,22 @@ def make_batches(dataset: Dataset, tokenizer: ChatTokenizer, config: TuneConfig)
 def saved_with_room(base: Path, tokenizer: ChatTokenizer, config: TuneConfig) -> SavedModel:
     """The base model, with rows for the control tokens drawn by the seed if it has none.
 
+    Conversations begin with a control token: it takes the place of the first token that the base
+    was trained to find there, and begins with its row. Scales were calibrated for other weights.
+
     Raises:
         UsageError: Its vocabulary is not its tokenizer's.
     """
-    # A conversation begins with a control token, its anchor; scales were of other weights.
-    saved = replace(hub.load(base), first_token=None, sharpenings={})
+    found = hub.load(base)
+    saved = replace(found, first_token=None, sharpenings={})
     if saved.config.vocabulary_size == tokenizer.encoding.n_vocab:
         assert config.seed is not None
         torch.manual_seed(config.seed)
         model = NoPEGPT.from_saved(saved)
         model.resize_token_embeddings(tokenizer.vocabulary_size)
         embedding = model.token_embeddings.weight.detach()
+        if found.first_token is not None:
+            embedding[tokenizer.im_start_index] = embedding[found.first_token]
         saved = replace(saved, config=model.config, state=saved.state | {TIED: embedding})
     if saved.config.vocabulary_size != tokenizer.vocabulary_size:
         raise UsageError(
