@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from train import hardware
 
 from nope_gpt import hub
 from nope_gpt.config import PrepareConfig, PretrainConfig
+from nope_gpt.config.presets import SEED_BEGINNING, SEED_RECIPE
 from nope_gpt.data.prepare import prepare
 from nope_gpt.evaluation.lengths import bits_per_byte, spans_of, windowed_losses
 from nope_gpt.evaluation.network import OwnNetwork
@@ -65,16 +67,11 @@ SHAPE: dict[str, Any] = {
     "gradient_accumulation_steps": 1,
 }
 
-OLD = {
-    "optimizer": "adafactor",
-    "learning_rate": 1e-2,
-    "schedule": "constant",
-    "warmup_fraction": 0.0,
-    "weight_decay": 0.0,
-    "initialization": "seed",
-    "length_growth": 0.0,
-}
+OLD = SEED_RECIPE | SEED_BEGINNING
 """As `--preset seed` has it."""
+
+PLAIN = {"initialization": "scaled", "length_growth": 0.0, "recall": 0.0, "anchor": False}
+"""No help: the loss of the next token alone, on whole samples."""
 
 TIME: dict[str, dict[str, Any]] = {
     "nope pretrain": {},
@@ -84,29 +81,28 @@ TIME: dict[str, dict[str, Any]] = {
     "nope pretrain, a quarter": {"share": 0.25},
 }
 
-HELP = {"initialization": "zero", "length_growth": 0.8}
-
 ABLATION: dict[str, dict[str, Any]] = {
     "default": {},
-    "zero": {"initialization": "zero"},
-    "growing samples": {"length_growth": 0.8},
-    "recall": {"recall": 0.5},
-    "zero, growing samples": HELP,
-    "zero, growing samples, recall": {**HELP, "recall": 0.5},
-    "zero, growing samples, anchor": {**HELP, "anchor": True},
-    "zero, growing samples, anchor, recall": {**HELP, "anchor": True, "recall": 0.5},
-    "anchor": {"anchor": True},
-    "documents apart": {"document_masking": True},
+    "no help": PLAIN,
+    "without recall": {"recall": 0.0},
+    "without anchor": {"anchor": False},
+    "samples whole from the start": {"length_growth": 0.0},
+    "blocks that begin scaled": {"initialization": "scaled"},
+    "rotary throughout": {"rotary": True},
+    "rotary throughout, no help": PLAIN | {"rotary": True},
+    "rotary throughout, no recall": {"rotary": True, "recall": 0.0},
     "rotary, dropped at 0.5": {"rotary_until": 0.5},
     "rotary, dropped at 0.875": {"rotary_until": 0.875},
-    "rotary, dropped at 0.875, wsd": {"rotary_until": 0.875, "schedule": "wsd"},
-    "rotary throughout": {"rotary": True},
-    "rotary throughout, zero, growing samples": {**HELP, "rotary": True},
-    "rotary throughout, zero, growing samples, anchor": {**HELP, "rotary": True, "anchor": True},
-    "AdamW, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
-    "Adafactor, 1e-2": {"optimizer": "adafactor", "learning_rate": 1e-2},
+    "rotary, dropped at 0.5, no help": PLAIN | {"rotary_until": 0.5},
+    "anchor alone": PLAIN | {"anchor": True},
+    "recall alone": PLAIN | {"recall": 0.5},
+    "recall 0.25": {"recall": 0.25},
+    "recall 1": {"recall": 1.0},
+    "documents apart, so no anchor": {"document_masking": True},
     "Muon, 1e-2": {"learning_rate": 1e-2},
     "Muon, 4e-2": {"learning_rate": 4e-2},
+    "AdamW, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
+    "Adafactor, 1e-2": {"optimizer": "adafactor", "learning_rate": 1e-2},
     "cosine": {"schedule": "cosine"},
     "wsd": {"schedule": "wsd"},
     "constant": {"schedule": "constant"},
@@ -228,10 +224,10 @@ def run(config: PretrainConfig, *, rotary: bool) -> StepReport:
     return last.report
 
 
-def train_ours(
-    cell: dict[str, Any], held_out: str, directory: Path, seconds: float | None
-) -> dict[str, Any]:
-    """A cell of ours, for its steps or for so many seconds."""
+def trained(
+    cell: dict[str, Any], directory: Path, seconds: float | None = None
+) -> tuple[NoPEGPT, BaseTokenizer, StepReport]:
+    """A cell of ours, for its steps or for so many seconds, on what was prepared there."""
     settings = dict(cell)
     rotary = settings.pop("rotary", False)
     settings |= {
@@ -254,10 +250,16 @@ def train_ours(
     model_path = locate(str(directory / "runs" / "cell"))
     model = NoPEGPT.from_saved(hub.load(model_path, rotary=True))
     model.decoder.set_rotary(rotary)
-    tokenizer = BaseTokenizer.load(model_path)
-    tokens = torch.tensor(tokenizer.tokenize(held_out))
-    spans = spans_of(tokens, settings["tokens_per_sample"], 10**9)
-    losses = windowed_losses(OwnNetwork(model), spans, settings["tokens_per_sample"])
+    return model, BaseTokenizer.load(model_path), last
+
+
+def judged(trained: tuple[NoPEGPT, BaseTokenizer, StepReport], held_out: str) -> dict[str, Any]:
+    """What a model of ours came to."""
+    model, tokenizer, last = trained
+    length = model.trained_context_length
+    assert length
+    spans = spans_of(torch.tensor(tokenizer.tokenize(held_out)), length, 10**9)
+    losses = windowed_losses(OwnNetwork(model), spans, length)
     read = spans[:, 1:].flatten().tolist()
     size = sum(len(tokenizer.bytes_of(token)) for token in read)
     return {
@@ -267,6 +269,16 @@ def train_ours(
         "steps": last.step,
         "tokens": last.tokens,
     }
+
+
+def encode(texts: list[str], encoding: str, directory: Path) -> None:
+    """`nope prepare` of some documents, none of them held out."""
+    lines = [json.dumps({"text": text}) for text in texts]
+    (directory / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = PrepareConfig(
+        dataset_path=str(directory / "datasets"), token_encoding=encoding, holdout_fraction=0.0
+    )
+    prepare([str(directory / "text.jsonl")], settings)
 
 
 def texts_of(path: Path) -> tuple[list[str], str]:
@@ -293,25 +305,19 @@ def work(task: dict[str, Any]) -> None:
     else:
         with tempfile.TemporaryDirectory() as name:
             directory = Path(name)
-            lines = [json.dumps({"text": text}) for text in train]
-            (directory / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
-            settings = PrepareConfig(
-                dataset_path=str(directory / "datasets"),
-                token_encoding=task["encoding"],
-                holdout_fraction=0.0,
-            )
-            prepare([str(directory / "text.jsonl")], settings)
+            encode(train, task["encoding"], directory)
             cell = SHAPE | task["shape"] | {"seed": task["seed"]} | cell
             if not task["seconds"]:
                 cell["max_steps"] = task["steps"]
-            found = train_ours(cell, held_out, directory, seconds)
+            found = judged(trained(cell, directory, seconds), held_out)
     print(json.dumps(found), flush=True)
 
 
 def measured(task: dict[str, Any]) -> dict[str, Any]:
     """A cell in a process of its own."""
     command = [sys.executable, __file__, "--work", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    environment = os.environ | {"OMP_NUM_THREADS": str(task["threads"])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -328,6 +334,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time, for `ablation`")
     parser.add_argument("--encoding", default="bpe:1024")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
@@ -337,17 +344,26 @@ def main() -> None:
     shape = {name: json.loads(value) for name, value in (x.split("=") for x in options.set)}
     common = {"text": options.text, "encoding": options.encoding, "shape": shape}
     common |= {"seconds": options.seconds if options.what == "time" else None}
-    common |= {"steps": options.steps}
-    options.device, options.threads = "cpu", torch.get_num_threads()
+    workers = 1 if common["seconds"] else options.workers
+    options.device, options.threads = "cpu", max(torch.get_num_threads() // workers, 1)
+    common |= {"steps": options.steps, "threads": options.threads}
     print(hardware(options), f"\n{SHAPE | shape}, {options.encoding}\n", file=sys.stderr)
     print("| way | bits per byte | beside the first | seconds | steps | tokens | parameters |")
     print("|---|---|---|---|---|---|---|", flush=True)
     first: list[float] = []
-    for name, cell in cells.items():
-        rows = [measured(common | {"cell": cell, "seed": seed}) for seed in range(options.seeds)]
-        bits = [row["bits_per_byte"] for row in rows]
-        first = first or bits
-        print(f"| {name} | {' | '.join(figures(bits, first, rows))} |", flush=True)
+    with ThreadPoolExecutor(workers) as pool:
+        tasks = {
+            name: [
+                pool.submit(measured, common | {"cell": cell, "seed": seed})
+                for seed in range(options.seeds)
+            ]
+            for name, cell in cells.items()
+        }
+        for name, futures in tasks.items():
+            rows = [future.result() for future in futures]
+            bits = [row["bits_per_byte"] for row in rows]
+            first = first or bits
+            print(f"| {name} | {' | '.join(figures(bits, first, rows))} |", flush=True)
 
 
 def figures(bits: list[float], first: list[float], rows: list[dict[str, Any]]) -> list[str]:

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from nope_gpt.blocks import NORM_EPSILON
 from nope_gpt.cross_entropy import IGNORED
 
-RECALLED_FROM = 1
-"""Number of the block whose result is asked, counted from 0: the first one finds out where a
-token stands, the second can look for its neighbour."""
+RECALLED_FROM = 2
+"""Number of the block whose result is asked, counted from 0: the first ones find out where a
+token stands, the next can look for its neighbour."""
 
 
 class Recall(nn.Linear):

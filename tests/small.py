@@ -34,7 +34,15 @@ RECIPE: dict[str, Any] = {
     "device": "cpu",
     "precision": "float32",
     "seed": 0,
+    # Nothing beside the loss of the next token, which is what most tests compute by hand.
+    "initialization": "scaled",
+    "length_growth": 0.0,
+    "recall": 0.0,
+    "anchor": False,
 }
+
+HELPED: dict[str, Any] = {"initialization": "zero", "recall": 0.5, "anchor": True}
+"""What `nope pretrain` does by default where samples are too short to grow."""
 
 
 def small_model(seed: int = 0, **changes: Any) -> NoPEGPT:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import byte_dataset, small_run
+from small import HELPED, byte_dataset, small_run
 from torch.distributed import HashStore
 
 from nope_gpt.device import Ranks
@@ -118,7 +118,7 @@ def test_two_ranks_are_one_in_loss_evaluation_and_checkpoint(
         TORCH_DISTRIBUTED_DEBUG=detail,
     )
     assert code == 0, talk
-    small_run(dataset, tmp_path / "one", num_eval_samples=20, dropout=0.2)
+    small_run(dataset, tmp_path / "one", num_eval_samples=20, dropout=0.2, **HELPED)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     norms = [
         [row["gradient_norm"] for row in rows(tmp_path / name) if "loss" in row]
@@ -137,7 +137,7 @@ def test_two_ranks_are_one_in_loss_evaluation_and_checkpoint(
 
 def test_one_rank_then_two_then_one_go_on_in_the_same_order(dataset: Path, tmp_path: Path) -> None:
     """R9: no state of the order is kept, so none can be wrong."""
-    constant = {"schedule": "constant", "warmup_fraction": 0.0}
+    constant = {"schedule": "constant", "warmup_fraction": 0.0, **HELPED}
     small_run(dataset, tmp_path / "whole", **constant)
     small_run(dataset, tmp_path / "parts", max_steps=2, **constant)
     code, talk = pretrained(
@@ -158,8 +158,8 @@ def with_fault(fault: str, dataset: Path, root: Path, *more: str) -> subprocess.
 def goes_on(dataset: Path, root: Path) -> None:
     """After a fault: the last checkpoint is of before, and the run can be finished from it."""
     assert newest_checkpoint(root / "pretrain" / "checkpoints").name == "step-2"
-    small_run(dataset, root, resume=True)
-    small_run(dataset, root / "calm", checkpoint_interval=2)
+    small_run(dataset, root, resume=True, **HELPED)
+    small_run(dataset, root / "calm", checkpoint_interval=2, **HELPED)
     assert losses(root) == pytest.approx(losses(root / "calm"), rel=1e-5)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from reference import forward
 from safetensors.torch import load_file
-from small import SHAPE, byte_dataset, small_model, small_run
+from small import HELPED, SHAPE, byte_dataset, small_model, small_run
 from small_chats import dataset_of, questions, tuned, tuning
 from torch.nn import functional as F
 from transformers import AutoTokenizer
@@ -56,14 +56,14 @@ def recalling(layers: int) -> NoPEGPT:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])
-def test_the_second_loss_is_that_of_the_token_before_after_the_second_block(layers: int) -> None:
+def test_the_second_loss_is_that_of_the_token_before_after_the_third_block(layers: int) -> None:
     model = recalling(layers)
     targets = TOKENS.roll(-1, 1)
     with torch.no_grad():
         loss, again = model(TOKENS, targets, recalls=True)
         assert loss == model(TOKENS, targets)
         hidden = model.token_embeddings(TOKENS)
-        for layer in list(model.decoder.layers)[:2]:
+        for layer in list(model.decoder.layers)[:3]:
             hidden = layer(hidden)
         normed = hidden / (hidden.pow(2).mean(dim=-1, keepdim=True) + NORM_EPSILON).sqrt()
         logits = normed @ model.recall.weight.T @ model.token_embeddings.weight.T
@@ -79,7 +79,7 @@ def test_no_token_is_asked_for_one_of_another_document() -> None:
     assert before_each(tokens, None).tolist() == [[IGNORED, 5, 6, 7, 8, 9]]
 
 
-def test_the_head_is_not_moved_by_what_is_asked_of_the_second_block() -> None:
+def test_the_head_is_not_moved_by_what_is_asked_of_an_early_block() -> None:
     model = recalling(2)
     _, again = model(TOKENS, TOKENS.roll(-1, 1), recalls=True)
     again.backward()
@@ -132,7 +132,7 @@ def test_its_weight_falls_evenly_from_the_first_step_to_the_end(
         assert told.reports[step].gradient_norm == pytest.approx(float(norm), rel=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"recall": 0.5}, {"length_growth": 0.7}])
+@pytest.mark.parametrize("settings", [{"recall": 0.5}, {"length_growth": 0.7}, {**HELPED, "length_growth": 0.8}])
 def test_a_run_resumed_in_the_middle_is_bitwise_the_uninterrupted_one(
     dataset: Path, tmp_path: Path, settings: dict[str, float]
 ) -> None:
@@ -190,6 +190,14 @@ def test_what_cannot_grow_or_be_anchored_is_refused() -> None:
         PretrainConfig(length_growth=0.5, tokens_per_sample=1023)
     with pytest.raises(UsageError, match="the other documents in it would not see it"):
         PretrainConfig(anchor=True, document_masking=True)
+
+
+def test_what_helps_is_on_by_default_wherever_it_can_be() -> None:
+    config = PretrainConfig()
+    assert (config.anchor, config.length_growth, config.recall) == (True, 0.8, 0.5)
+    assert PretrainConfig(document_masking=True).anchor is False
+    for tokens in (16, 1023):
+        assert PretrainConfig(tokens_per_sample=tokens).length_growth == 0.0
 
 
 def test_an_anchor_is_neither_begun_nor_dropped_in_the_middle_of_a_run(

@@ -51,6 +51,13 @@ SEED_RECIPE: dict[str, Any] = {
     "weight_decay": 0.0,
 }
 
+SEED_BEGINNING: dict[str, Any] = {
+    "initialization": "seed",
+    "length_growth": 0.0,
+    "recall": 0.0,
+    "anchor": False,
+}
+
 PRESETS: dict[type[Knobs], dict[str, dict[str, Any]]] = {
     PretrainConfig: {
         "tiny": {
@@ -75,7 +82,7 @@ PRESETS: dict[type[Knobs], dict[str, dict[str, Any]]] = {
         },
         "400m": SHAPE_400M,
         "1b": {**SHAPE_1B, "activation_checkpointing": True},
-        "seed": {**SEED_RECIPE, "initialization": "seed"},
+        "seed": SEED_RECIPE | SEED_BEGINNING,
     },
     TuneConfig: {
         "tiny": {

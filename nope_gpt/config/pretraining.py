@@ -11,6 +11,8 @@ from nope_gpt.config.training import TrainingConfig
 from nope_gpt.errors import UsageError
 from nope_gpt.knobs import knob
 
+LENGTH_GROWTH = 0.8
+
 ENCODINGS = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
 
@@ -42,29 +44,31 @@ class PretrainConfig(ModelShape, TrainingConfig):
     )
     max_steps: int = knob(10000, "Updates of the weights.", panel=OPTIMIZATION, minimum=1)
     initialization: str = knob(
-        "scaled",
+        "zero",
         "scaled starts near the loss of a uniform guess at any width; zero too, and no block adds "
         "anything at first; seed is torch's default, which starts near 1,000 nats.",
         panel=MODEL,
         choices=("zero", "scaled", "seed"),
     )
-    anchor: bool = knob(
-        False,
+    anchor: bool | None = knob(
+        None,
         "Let every sample, and every piece of one, begin with the end-of-text token, an anchor to "
         "count positions from; whatever the model reads later begins with it too.",
         panel=DATA,
+        shown_default="on, but with --document-masking",
     )
-    length_growth: float = knob(
-        0.0,
+    length_growth: float | None = knob(
+        None,
         "Share of the steps, the first ones, in which samples are cut into pieces: by halves down "
         "to 16 tokens or more, then into twice as long ones, and so on until they are whole.",
         panel=OPTIMIZATION,
         minimum=0.0,
         maximum=1.0,
+        shown_default="0.8, where samples have halves of 16 tokens or more",
     )
     recall: float = knob(
-        0.0,
-        "Weight of a second loss: from what the second block makes of a token, the one before is "
+        0.5,
+        "Weight of a second loss: from what the third block makes of a token, the one before is "
         "to be told. It teaches attention where things are, and falls to nothing until the end.",
         panel=OPTIMIZATION,
         minimum=0.0,
@@ -102,7 +106,12 @@ class PretrainConfig(ModelShape, TrainingConfig):
                 f"--rotary-until turns pairs of dimensions, and a head has {head} of them",
                 hint="leave it out, or choose other --embedding-dimensions or --num-q-heads",
             )
-        if self.length_growth and (self.tokens_per_sample % 2 or self.tokens_per_sample < 32):
+        can_grow = self.tokens_per_sample % 2 == 0 and self.tokens_per_sample >= 32
+        if self.length_growth is None:
+            object.__setattr__(self, "length_growth", LENGTH_GROWTH if can_grow else 0.0)
+        if self.anchor is None:
+            object.__setattr__(self, "anchor", not self.document_masking)
+        if self.length_growth and not can_grow:
             raise UsageError(
                 f"--length-growth halves samples down to 16 tokens or more, and "
                 f"{self.tokens_per_sample} tokens cannot be halved so",

@@ -33,6 +33,7 @@ class Workload(ModelConfig):
         panel=RUN,
         choices=("float32", "bfloat16"),
     )
+    recall: float = like(PretrainConfig, "recall")
     loss_chunk: int = like(PretrainConfig, "loss_chunk")
     activation_checkpointing: bool = like(PretrainConfig, "activation_checkpointing")
     checkpointed_fraction: float = like(PretrainConfig, "checkpointed_fraction")
@@ -53,6 +54,11 @@ class Workload(ModelConfig):
     def trains_all(self) -> bool:
         """Whether every weight is trained, rather than adapters."""
         return self.method in ("pretrain", "full")
+
+    @property
+    def recalls(self) -> bool:
+        """Whether the token before is asked for, too."""
+        return self.method == "pretrain" and self.recall > 0.0
 
     @property
     def recomputed_blocks(self) -> int:

@@ -120,22 +120,60 @@ class Moments:
             copies=forward.copies + copy,
             transient=self.waiting,
         )
+        again = self.recalled(chunked)
         return {
-            "loss": dataclasses.replace(chunked, logits=chunked.logits + self.widened(chunk)),
+            "loss": dataclasses.replace(again, logits=again.logits + self.widened(chunk)),
             "head": dataclasses.replace(
                 chunked, transient=self.waiting + max(product, self.width * chunk * d)
             ),
-            "scaling": dataclasses.replace(scored, transient=self.scaled(gradient)),
+            "recall": dataclasses.replace(again, transient=self.waiting + self.width * chunk * d),
+            "recall's norm": self.recalled(
+                dataclasses.replace(
+                    scored,
+                    activations=scored.activations + tokens * self.recall_flight_per_token(),
+                    transient=self.waiting + self.recall_gradient(),
+                )
+            ),
+            "scaling": dataclasses.replace(
+                scored, transient=self.scaled(gradient) + self.asked() + self.recall_gradient()
+            ),
         }
+
+    def recalled(self, moment: MemoryPlan) -> MemoryPlan:
+        """With what the second loss keeps: its norm's output, one over the root mean square, and
+        the gradient of what it told.
+        """
+        if not self.work.recalls:
+            return moment
+        d, copy = self.work.embedding_dimensions, 0 if self.is_float32 else self.width
+        return dataclasses.replace(
+            moment,
+            activations=moment.activations + self.work.tokens * (2 * self.width * d + FLOAT32),
+            copies=moment.copies + copy * d * d,
+        )
+
+    def recall_flight_per_token(self) -> int:
+        """What the way back through the norm of the second loss adds at its fullest."""
+        d = self.work.embedding_dimensions if self.work.recalls else 0
+        return 3 * FLOAT32 * d if self.is_float32 else (3 * FLOAT32 + 2 * self.width) * d
+
+    def recall_gradient(self) -> int:
+        """Of the matrix of recall, where gradients come to be on the way back."""
+        return 0 if self.adds_up else FLOAT32 * sum(a * b for a, b in self.recalling())
+
+    def asked(self) -> int:
+        """The gradient of what an early block was asked, until the way back comes to it."""
+        return FLOAT32 * self.work.tokens * self.work.embedding_dimensions * self.work.recalls
 
     def of_backward(self, forward: MemoryPlan, base: MemoryPlan) -> dict[str, MemoryPlan]:
         """On the way back: the final norm, the last block and the first one, the embedding."""
         work, d, tokens = self.work, self.work.embedding_dimensions, self.work.tokens
         flight = tokens * self.flight_per_token()
+        asked = self.recall_gradient() + self.asked()
         block = dataclasses.replace(
             forward,
             activations=forward.activations + flight,
-            transient=self.waiting + self.matrix_gradient(),
+            transient=self.waiting + self.matrix_gradient() + asked,
         )
         if work.recomputed_blocks:  # When it comes to the last of them, those behind it are gone.
             behind = work.blocks_behind_the_recomputed
@@ -155,7 +193,7 @@ class Moments:
             "norm": dataclasses.replace(
                 forward,
                 activations=forward.activations + tokens * FLOAT32 * 6 * d,
-                transient=self.waiting,
+                transient=self.waiting + asked,
             ),
             "backward": block,
             "first block": dataclasses.replace(
@@ -221,7 +259,7 @@ class Moments:
     def stored(self) -> int:
         """The weights in float32, but for matrices that only their adapters change."""
         if self.work.trains_all:
-            return FLOAT32 * self.count.total
+            return FLOAT32 * (self.count.total + sum(a * b for a, b in self.recalling()))
         frozen = self.width * self.count.matrices
         return frozen + FLOAT32 * (self.count.total - self.count.matrices) + self.added_weights()
 
@@ -249,12 +287,18 @@ class Moments:
         return [(side, rank) for pair in self.matrices() for side in pair] * layers
 
     def trained(self) -> tuple[list[tuple[int, int]], int]:
-        """The sides of the blocks' matrices that are trained, and how many other numbers are."""
+        """The sides of the matrices that are trained, those of the blocks first, and how many other
+        numbers are.
+        """
         if self.work.trains_all:
-            count = self.count
-            return self.matrices() * self.work.num_decoder_layers, count.embedding + count.norms
+            count, blocks = self.count, self.matrices() * self.work.num_decoder_layers
+            return blocks + self.recalling(), count.embedding + count.norms
         whole = self.count.embedding if self.trains_embedding else 0
         return self.adapters(), whole + self.new_rows()
+
+    def recalling(self) -> list[tuple[int, int]]:
+        """The sides of the matrix that belongs to recall."""
+        return [(self.work.embedding_dimensions,) * 2] if self.work.recalls else []
 
     def num_trained(self) -> int:
         """Numbers that are trained."""
@@ -264,7 +308,8 @@ class Moments:
     def num_trained_of_block(self) -> int:
         """Numbers of a block that are trained, but for the MLP's second matrix."""
         matrices, _ = self.trained()
-        *others, _ = matrices[: len(matrices) // self.work.num_decoder_layers]
+        blocks = len(matrices) - len(self.recalling())
+        *others, _ = matrices[: blocks // self.work.num_decoder_layers]
         return sum(a * b for a, b in others)
 
     def state(self) -> int:

@@ -26,6 +26,7 @@ from nope_gpt.device import Ranks
 from nope_gpt.encodings import CONTROL_TOKENS
 from nope_gpt.errors import CapacityError
 from nope_gpt.model import NoPEGPT
+from nope_gpt.recall import Recall
 from nope_gpt.sizing import calibration
 from nope_gpt.sizing.arithmetic import training_flops_per_token
 from nope_gpt.sizing.calibration import Calibration
@@ -33,7 +34,7 @@ from nope_gpt.sizing.memory import training_memory
 from nope_gpt.sizing.units import format_bytes
 from nope_gpt.training.distribution import synchronizing
 from nope_gpt.training.learner import Learner
-from nope_gpt.training.objectives import CrossEntropy, Objective, Preference
+from nope_gpt.training.objectives import CrossEntropy, Objective, Preference, Recalling
 from nope_gpt.training.planning import is_of_memory
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1)
@@ -171,6 +172,9 @@ def learner_of(work: Workload, device: torch.device, ranks: Ranks = ALONE) -> Le
     with torch.device(device):
         model = NoPEGPT(**shape).train()
         objective: Objective = CrossEntropy()
+        if work.recalls:
+            model.recall = Recall(model.embedding_dimensions)
+            objective = Recalling(work.recall)
         if not work.trains_all:
             lora.adapt(
                 model,

@@ -100,8 +100,8 @@ class Recalling(CrossEntropy):
         loss, again = both.unbind()
         # The first token of a document has none before it: the mean is of the others.
         asked = (before_each(batch.tokens, batch.documents) != IGNORED).sum().clamp(min=1)
-        mean = again.detach() / asked
-        return Outcome(loss, {"Recall Loss": mean * batch.num_trained}, self.weight * again)
+        figure = again.detach() / asked * (batch.targets != IGNORED).sum()
+        return Outcome(loss, {"Recall Loss": figure}, self.weight * again)
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ class Pretraining:
             sample_interval=config.sample_interval,
             objective=Recalling(config.recall) if model.recall else CrossEntropy(),
             first_token=model.first_token,
-            length_growth=config.length_growth,
+            length_growth=config.length_growth or 0.0,
             rotary_steps=int(config.rotary_until * config.max_steps),
         )
 
