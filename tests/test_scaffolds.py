@@ -132,7 +132,9 @@ def test_its_weight_falls_evenly_from_the_first_step_to_the_end(
         assert told.reports[step].gradient_norm == pytest.approx(float(norm), rel=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"recall": 0.5}, {"length_growth": 0.7}, {**HELPED, "length_growth": 0.8}])
+@pytest.mark.parametrize(
+    "settings", [{"recall": 0.5}, {"length_growth": 0.7}, {**HELPED, "length_growth": 0.8}]
+)
 def test_a_run_resumed_in_the_middle_is_bitwise_the_uninterrupted_one(
     dataset: Path, tmp_path: Path, settings: dict[str, float]
 ) -> None:

@@ -9,7 +9,8 @@ import dataclasses
 
 from nope_gpt.config import ModelConfig, Workload
 from nope_gpt.sizing.arithmetic import Parts, count_parameters
-from nope_gpt.sizing.moments import FLOAT32, MemoryPlan, Moments
+from nope_gpt.sizing.holdings import FLOAT32, Holdings
+from nope_gpt.sizing.moments import MemoryPlan, Moments
 
 CPU_PROCESS = 390_000_000
 """Bytes of Python with torch and the stacks of its threads, before there is any tensor."""
@@ -62,8 +63,8 @@ def training_moments(work: Workload) -> dict[str, MemoryPlan]:
 
 def snapshot(work: Workload) -> int:
     """Bytes of a checkpoint that is being written: what is trained, and the optimizer's state."""
-    moments = Moments(work)
-    return FLOAT32 * moments.num_trained() + moments.state()
+    held = Holdings(work)
+    return FLOAT32 * held.num_trained() + held.state()
 
 
 def usable_memory(memory: int, device: str = "cuda") -> int:

@@ -12,15 +12,10 @@ through at a time, and w the bytes of an activation in a matrix product.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from nope_gpt.config import Workload
-from nope_gpt.sizing.arithmetic import Parts, count_parameters
-
-FLOAT32 = 4
-"""In both precisions: weights, gradients, optimizer, residual stream, norms and loss."""
-
-MATMUL_BYTES = {"float32": 4, "bfloat16": 2}
+from nope_gpt.sizing.arithmetic import Parts
+from nope_gpt.sizing.holdings import FLOAT32, Holdings
 
 INT64 = 8
 
@@ -30,8 +25,8 @@ CACHED_ROWS = 4 << 20
 GRADIENT_ROWS = 8192
 """Of the embedding, whose gradients are added at a time: `nope_gpt.cross_entropy.ROWS`."""
 
-NEW_ROWS = 4
-"""Of the embedding, that tuning adds: the control tokens."""
+ASKED_BLOCK = 3
+"""Of recall, counted from 1: `nope_gpt.recall.RECALLED_FROM`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,17 +65,17 @@ class Moments:
 
     def __init__(self, work: Workload) -> None:
         self.work = work
-        self.count = count_parameters(work)
-        self.width = MATMUL_BYTES[work.precision]
+        self.held = Holdings(work)
+        self.count = self.held.count
+        self.width = self.held.width
+        self.waiting = self.held.waiting
         self.is_float32 = work.precision == "float32"
-        self.trains_embedding = work.trains_all or work.embeddings == "all"
-        # The head's gradient waits for that of the embedding, which is the same matrix.
-        self.waiting = FLOAT32 * self.count.embedding if self.trains_embedding else 0
 
     def named(self) -> dict[str, MemoryPlan]:
         """Every moment."""
+        held = self.held
         base = MemoryPlan(
-            weights=self.weights(), gradients=self.gradients(), optimizer=self.shard(self.state())
+            weights=held.weights(), gradients=held.gradients(), optimizer=held.shard(held.state())
         )
         # Of an update's only batch the gradients come to be on the way back.
         before = base if self.adds_up else dataclasses.replace(base, gradients=0)
@@ -90,7 +85,7 @@ class Moments:
         return {
             **self.of_loss(forward),
             **self.of_backward(forward, base),
-            "update": dataclasses.replace(base, transient=self.update()),
+            "update": dataclasses.replace(base, transient=self.held.update()),
             "ranks": dataclasses.replace(base, transient=self.rebuilt()),
         }
 
@@ -113,7 +108,7 @@ class Moments:
         chunk = min(tokens, work.loss_chunk)
         rows = min(work.vocabulary_size, GRADIENT_ROWS)
         widened = 0 if work.device == "cuda" or self.is_float32 else FLOAT32
-        product = (self.width + widened) * rows * d if self.trains_embedding else 0
+        product = (self.width + widened) * rows * d if self.held.trains_embedding else 0
         chunked = dataclasses.replace(
             scored,
             logits=self.width * chunk * work.vocabulary_size,
@@ -127,12 +122,12 @@ class Moments:
                 chunked, transient=self.waiting + max(product, self.width * chunk * d)
             ),
             "recall": dataclasses.replace(again, transient=self.waiting + self.width * chunk * d),
-            "recall's norm": self.recalled(
-                dataclasses.replace(
-                    scored,
-                    activations=scored.activations + tokens * self.recall_flight_per_token(),
-                    transient=self.waiting + self.recall_gradient(),
-                )
+            "recall's norm": dataclasses.replace(
+                again,
+                activations=again.activations + tokens * self.recall_flight_per_token(),
+                logits=0,
+                copies=forward.copies,
+                transient=self.waiting + self.recall_gradient(),
             ),
             "scaling": dataclasses.replace(
                 scored, transient=self.scaled(gradient) + self.asked() + self.recall_gradient()
@@ -155,11 +150,11 @@ class Moments:
     def recall_flight_per_token(self) -> int:
         """What the way back through the norm of the second loss adds at its fullest."""
         d = self.work.embedding_dimensions if self.work.recalls else 0
-        return 3 * FLOAT32 * d if self.is_float32 else (3 * FLOAT32 + 2 * self.width) * d
+        return 2 * FLOAT32 * d if self.is_float32 else (3 * FLOAT32 + self.width) * d
 
     def recall_gradient(self) -> int:
         """Of the matrix of recall, where gradients come to be on the way back."""
-        return 0 if self.adds_up else FLOAT32 * sum(a * b for a, b in self.recalling())
+        return 0 if self.adds_up else FLOAT32 * sum(a * b for a, b in self.held.recalling())
 
     def asked(self) -> int:
         """The gradient of what an early block was asked, until the way back comes to it."""
@@ -168,43 +163,36 @@ class Moments:
     def of_backward(self, forward: MemoryPlan, base: MemoryPlan) -> dict[str, MemoryPlan]:
         """On the way back: the final norm, the last block and the first one, the embedding."""
         work, d, tokens = self.work, self.work.embedding_dimensions, self.work.tokens
-        flight = tokens * self.flight_per_token()
+        waiting = self.waiting if self.adds_up else 0  # Else it is among the gradients.
         asked = self.recall_gradient() + self.asked()
-        block = dataclasses.replace(
-            forward,
-            activations=forward.activations + flight,
-            transient=self.waiting + self.matrix_gradient() + asked,
-        )
+        last = dataclasses.replace(forward, transient=self.waiting + asked)
         if work.recomputed_blocks:  # When it comes to the last of them, those behind it are gone.
             behind = work.blocks_behind_the_recomputed
             again = self.block_per_token() - FLOAT32 * d
-            block = dataclasses.replace(
-                block,
-                activations=block.activations
+            last = dataclasses.replace(
+                last,
+                activations=last.activations
                 + tokens * again
                 - behind * tokens * self.block_per_token(),
-                copies=block.copies + (1 - behind) * self.copies_of_block(),
+                copies=last.copies + (1 - behind) * self.copies_of_block(),
             )
-        waiting = self.waiting if self.adds_up else 0  # Else it is among the gradients.
-        yet_to_come = 0 if self.adds_up else FLOAT32 * self.num_trained_of_block()
-        is_gradient = self.is_float32 and not self.adds_up  # What the product gives is kept as is.
-        added = 0 if is_gradient else self.matrix_gradient()
+        if work.num_decoder_layers <= ASKED_BLOCK:  # It is a part of the stream's gradient.
+            last = dataclasses.replace(last, transient=last.transient - self.asked())
+        first = dataclasses.replace(
+            base,
+            gradients=base.gradients - (0 if self.adds_up else self.held.gradients_of_block()),
+            activations=tokens * (self.block_per_token() - self.unsaved_per_token()) + self.batch(),
+            copies=self.copies_of_block(),
+            transient=waiting,
+        )
         return {
             "norm": dataclasses.replace(
                 forward,
                 activations=forward.activations + tokens * FLOAT32 * 6 * d,
                 transient=self.waiting + asked,
             ),
-            "backward": block,
-            "first block": dataclasses.replace(
-                base,
-                gradients=base.gradients - yet_to_come,
-                activations=tokens * (self.block_per_token() - self.unsaved_per_token())
-                + self.batch()
-                + flight,
-                copies=self.copies_of_block(),
-                transient=waiting + added,
-            ),
+            **self.of_block("last", last),
+            **self.of_block("first", first),
             "first attention": dataclasses.replace(
                 base,
                 activations=tokens * self.attention_per_token(),
@@ -217,131 +205,46 @@ class Moments:
             ),
         }
 
+    def of_block(self, name: str, before: MemoryPlan) -> dict[str, MemoryPlan]:
+        """On the way back through a block's MLP, at the gradients of its two matrices.
+
+        Args:
+            name: Of the block.
+            before: With all that the block has saved, and without gradients of its own.
+        """
+        d, hidden = self.work.embedding_dimensions, self.work.hidden_dimensions
+        tokens, matrix = self.work.tokens, self.matrix_gradient()
+
+        def at(part: str, activations: int, copies: int, more: int) -> dict[str, MemoryPlan]:
+            return {
+                f"{name} block, {part}": dataclasses.replace(
+                    before,
+                    activations=before.activations + activations,
+                    copies=before.copies - copies,
+                    transient=before.transient + more,
+                )
+            }
+
+        flight = tokens * self.flight_per_token()
+        product = at("down", flight, 0, matrix)
+        if self.is_float32 or not self.work.trains_all:
+            return product
+        # What was multiplied is gone when the product is widened.
+        neurons, cast = tokens * self.width * hidden, tokens * self.width * d
+        widened = at("down, widened", flight - neurons - cast, matrix, 3 * matrix)
+        if self.adds_up:
+            return product | widened
+        stream = 2 * tokens * FLOAT32 * d - cast
+        return product | widened | at("up, widened", stream - 2 * neurons, 2 * matrix, 5 * matrix)
+
     def rebuilt(self) -> int:
         """DDP lays its buckets anew in the second step, beside the first ones."""
         alone = self.work.gpus == 1 or self.work.sharding > 0
-        return 0 if alone else FLOAT32 * self.num_trained()
+        return 0 if alone else FLOAT32 * self.held.num_trained()
 
     def scaled(self, gradient: int) -> int:
         """The gradients of a sum are known with it, and multiplied on the way back."""
         return self.waiting if self.work.method == "dpo" else 2 * self.waiting + gradient
-
-    def shard(self, size: int) -> int:
-        """What one rank has of what all share."""
-        return -(-size // self.work.gpus) if self.work.sharding else size
-
-    def gathered(self) -> int:
-        """Weights that are whole on each rank while it computes: at level 3 those outside of the
-        blocks, a block, and the next one.
-        """
-        if self.work.sharding < 3:
-            return self.stored()
-        blocks = min(2, self.work.num_decoder_layers)
-        return self.waiting + blocks * FLOAT32 * self.count.matrices // self.work.num_decoder_layers
-
-    def weights(self) -> int:
-        """At level 2 and 3 a rank has its shard, what is gathered, and FSDP2's buffers: of two
-        blocks that are gathered, and of two whose gradients are shared.
-        """
-        if not self.work.sharding:
-            return self.stored()
-        buffers = 4 * FLOAT32 * self.count.matrices // self.work.num_decoder_layers
-        return self.shard(self.stored()) + self.gathered() + buffers
-
-    def gradients(self) -> int:
-        """From the second batch of an update on, they are there all the time; at level 3 a rank has
-        its shard, and whole ones of what is in flight.
-        """
-        if self.work.sharding < 3:
-            return FLOAT32 * self.num_trained()
-        return self.shard(FLOAT32 * self.num_trained()) + self.gathered()
-
-    def stored(self) -> int:
-        """The weights in float32, but for matrices that only their adapters change."""
-        if self.work.trains_all:
-            return FLOAT32 * (self.count.total + sum(a * b for a, b in self.recalling()))
-        frozen = self.width * self.count.matrices
-        return frozen + FLOAT32 * (self.count.total - self.count.matrices) + self.added_weights()
-
-    def added_weights(self) -> int:
-        """Adapters, and the new rows of the embedding as they are trained and as they were."""
-        rows = 2 * self.new_rows()
-        return FLOAT32 * (sum(a * b for a, b in self.adapters()) + rows)
-
-    def new_rows(self) -> int:
-        is_new = self.work.embeddings == "new"
-        return NEW_ROWS * self.work.embedding_dimensions if is_new else 0
-
-    def matrices(self) -> list[tuple[int, int]]:
-        """The sides of the six matrices of a block."""
-        d, kv, hidden = (
-            self.work.embedding_dimensions,
-            self.work.kv_dimensions,
-            self.work.hidden_dimensions,
-        )
-        return [(d, d), (d, kv), (d, kv), (d, d), (d, hidden), (hidden, d)]
-
-    def adapters(self) -> list[tuple[int, int]]:
-        """The sides of the matrices of all adapters."""
-        rank, layers = self.work.rank, self.work.num_decoder_layers
-        return [(side, rank) for pair in self.matrices() for side in pair] * layers
-
-    def trained(self) -> tuple[list[tuple[int, int]], int]:
-        """The sides of the matrices that are trained, those of the blocks first, and how many other
-        numbers are.
-        """
-        if self.work.trains_all:
-            count, blocks = self.count, self.matrices() * self.work.num_decoder_layers
-            return blocks + self.recalling(), count.embedding + count.norms
-        whole = self.count.embedding if self.trains_embedding else 0
-        return self.adapters(), whole + self.new_rows()
-
-    def recalling(self) -> list[tuple[int, int]]:
-        """The sides of the matrix that belongs to recall."""
-        return [(self.work.embedding_dimensions,) * 2] if self.work.recalls else []
-
-    def num_trained(self) -> int:
-        """Numbers that are trained."""
-        matrices, others = self.trained()
-        return sum(a * b for a, b in matrices) + others
-
-    def num_trained_of_block(self) -> int:
-        """Numbers of a block that are trained, but for the MLP's second matrix."""
-        matrices, _ = self.trained()
-        blocks = len(matrices) - len(self.recalling())
-        *others, _ = matrices[: blocks // self.work.num_decoder_layers]
-        return sum(a * b for a, b in others)
-
-    def state(self) -> int:
-        """AdamW: two averages for each number; Muon: one for those of the blocks' matrices.
-        Adafactor: a row and a column for each matrix.
-        """
-        matrices, others = self.trained()
-        if self.work.optimizer == "adamw":
-            return 2 * FLOAT32 * self.num_trained()
-        if self.work.optimizer == "muon":
-            return FLOAT32 * (sum(a * b for a, b in matrices) + 2 * others)
-        sides = sum(a + b for a, b in matrices)
-        if self.trains_embedding:
-            sides += self.work.vocabulary_size + self.work.embedding_dimensions
-        elif self.new_rows():
-            sides += NEW_ROWS + self.work.embedding_dimensions
-        return FLOAT32 * (sides + (self.count.norms if self.work.trains_all else 0))
-
-    def update(self) -> int:
-        """AdamW is fused. The others write a matrix's update several times before applying it."""
-        matrices, others = self.trained()
-        largest = max(a * b for a, b in matrices)
-        if self.work.optimizer == "adamw":
-            return 0
-        if self.work.optimizer == "adafactor":
-            return 3 * FLOAT32 * max(others if self.trains_embedding else 0, largest)
-        return (FLOAT32 + 3 * self.width) * largest + 2 * self.width * self.smallest_side() ** 2
-
-    def smallest_side(self) -> int:
-        """Of the largest matrix that is trained."""
-        matrices, _ = self.trained()
-        return min(max(matrices, key=math.prod))
 
     def batch(self) -> int:
         """Tokens, targets and the numbers of their documents."""
@@ -375,7 +278,7 @@ class Moments:
             self.work.num_decoder_layers,
         )
         if not self.work.trains_all:
-            numbers = sum(a * b for a, b in self.adapters()) // layers
+            numbers = sum(a * b for a, b in self.held.adapters()) // layers
             return 0 if self.is_float32 else self.width * numbers
         if self.is_float32:
             return FLOAT32 * d * (d + 2 * kv)

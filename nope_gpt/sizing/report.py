@@ -12,8 +12,8 @@ from nope_gpt.sizing.arithmetic import (
     forward_flops,
     training_flops_per_token,
 )
+from nope_gpt.sizing.holdings import FLOAT32, MATMUL_BYTES
 from nope_gpt.sizing.memory import inference_memory, snapshot, training_memory
-from nope_gpt.sizing.moments import FLOAT32, MATMUL_BYTES
 from nope_gpt.sizing.plans import Plan
 from nope_gpt.sizing.time import Machine
 from nope_gpt.sizing.units import format_bytes, format_count, format_seconds
