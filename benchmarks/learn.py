@@ -9,11 +9,12 @@ long as the contexts that a model was trained on, so that tokenizers do not matt
 encoded before the clock runs, for all alike.
 
 `time` gives every way the same seconds, measured by its own training steps, in a process of its
-own that has the machine for itself: the recipe that `nope pretrain` has by default; the same
-network with rotary embeddings from the first to the last step; the recipe of before (Adafactor at
-a constant 1e-2, torch's initialization); and a nanoGPT-class network on characters with the
-settings that nanoGPT publishes for a CPU. How many steps fit is found by a short run first, so
-that every schedule ends when the time does. Last, the default recipe in a quarter of the time.
+own that has the machine, or with --workers its share of the cores, for itself: the recipe that
+`nope pretrain` has by default; the same network with rotary embeddings from the first to the last
+step; the recipe of before (Adafactor at a constant 1e-2, torch's initialization); and a
+nanoGPT-class network on characters with the settings that nanoGPT publishes for a CPU. How many
+steps fit is found by a short run first, so that every schedule ends when the time does. Last, the
+default recipe in a quarter of the time.
 
 `ablation` trains the same network for the same number of tokens with one thing changed at a time,
 once for each seed; the error is the standard error over seeds of the difference to the default.
@@ -334,7 +335,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1, help="cells at a time, for `ablation`")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--encoding", default="bpe:1024")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
@@ -344,7 +345,7 @@ def main() -> None:
     shape = {name: json.loads(value) for name, value in (x.split("=") for x in options.set)}
     common = {"text": options.text, "encoding": options.encoding, "shape": shape}
     common |= {"seconds": options.seconds if options.what == "time" else None}
-    workers = 1 if common["seconds"] else options.workers
+    workers = options.workers
     options.device, options.threads = "cpu", max(torch.get_num_threads() // workers, 1)
     common |= {"steps": options.steps, "threads": options.threads}
     print(hardware(options), f"\n{SHAPE | shape}, {options.encoding}\n", file=sys.stderr)

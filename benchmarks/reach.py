@@ -34,11 +34,11 @@ from train import hardware
 
 from nope_gpt import hub, rotary
 from nope_gpt.config import TuneConfig
+from nope_gpt.config.tuning import EXTENSION
 from nope_gpt.evaluation.calibration import calibrate
 from nope_gpt.evaluation.lengths import by_length, spans_of, windowed_losses
 from nope_gpt.evaluation.network import OwnNetwork
 from nope_gpt.evaluation.passkey import ANSWER, DIGITS, NEEDLE, QUESTION, found_by_depth
-from nope_gpt.knobs import resolve
 from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.reach import sharpened
@@ -133,9 +133,9 @@ def line(
 
 def extended(directory: Path, times: int, seed: int) -> NoPEGPT:
     """`nope tune --extend`, on the text that the model was trained on."""
-    config = resolve(
-        TuneConfig,
-        {
+    config = TuneConfig(
+        **EXTENSION
+        | {
             "model": str(directory / "runs" / "cell"),
             "extend": f"{times}x",
             "dataset_path": str(directory / "datasets"),

@@ -29,7 +29,8 @@ from nope_gpt.training.measuring import allocated_peak, rehearsed_peak
 
 CPU = torch.device("cpu")
 
-COMMON = {"device": "cpu", "optimizer": "adamw", "precision": "bfloat16"}
+COMMON = {"device": "cpu", "optimizer": "adamw", "precision": "bfloat16", "recall": 0.0}
+"""Nothing beside the loss of the next token, as the others count."""
 
 
 def preset(name: str) -> dict[str, object]:

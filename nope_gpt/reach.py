@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nope_gpt.model import NoPEGPT
 from nope_gpt.quantization import Int8Linear
-from nope_gpt.sharpening import NONE, Growth, Sharpening, for_context
+from nope_gpt.sharpening import NONE, Growth, Sharpening, for_context, scaled_heads
 
 
 def plan_context(model: NoPEGPT, length: int) -> Sharpening:
@@ -75,8 +75,7 @@ def scale_attention(model: NoPEGPT, scale: float | Tensor) -> None:
     heads = heads.expand(model.config.num_decoder_layers, model.config.num_q_heads)
     for layer, own in zip(model.decoder.layers, heads, strict=True):
         q_proj = layer.attention.q_proj
-        rows = own.repeat_interleave(model.config.head_dimensions)
         if isinstance(q_proj, Int8Linear):
-            q_proj.scale *= rows
+            q_proj.scale *= own.repeat_interleave(model.config.head_dimensions)
         else:
-            q_proj.weight.copy_(q_proj.weight.float() * rows[:, None])
+            q_proj.weight.copy_(scaled_heads(q_proj.weight, own))

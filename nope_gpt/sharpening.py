@@ -69,6 +69,12 @@ class Sharpening(NamedTuple):
 NONE = Sharpening()
 
 
+def scaled_heads(weight: Tensor, scales: Tensor) -> Tensor:
+    """Queries' weights [H * D, C] that make each head's scores `scales` [H] times as large."""
+    rows = scales.float().repeat_interleave(len(weight) // len(scales))
+    return (weight.float() * rows[:, None]).type_as(weight)
+
+
 def for_context(
     known: Mapping[int, Sharpening], trained_length: int | None, length: int
 ) -> Sharpening:

@@ -21,7 +21,7 @@ from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.published_layout import TIED
-from nope_gpt.sharpening import NONE, Sharpening, for_context
+from nope_gpt.sharpening import NONE, Sharpening, for_context, scaled_heads
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
 
 UNKNOWN_CONTEXT = 8192
@@ -201,8 +201,8 @@ def with_scale(saved: SavedModel, scale: float) -> SavedModel:
     """A model whose attention is scaled, by way of the queries' weights."""
     if scale == 1.0:
         return saved
+    every = torch.tensor([scale])
     state = {
-        name: (x.float() * scale).type_as(x) if ".q_proj." in name else x
-        for name, x in saved.state.items()
+        name: scaled_heads(x, every) if ".q_proj." in name else x for name, x in saved.state.items()
     }
     return replace(saved, state=state, sharpenings={})

@@ -31,7 +31,7 @@ from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.reach import sharpened
-from nope_gpt.sharpening import Sharpening
+from nope_gpt.sharpening import Sharpening, scaled_heads
 from nope_gpt.tokenization import BaseTokenizer, tokenizer_of
 from nope_gpt.training.checkpoints import read_tensors
 from nope_gpt.training.execution import execute
@@ -268,6 +268,5 @@ def folded(state: dict[str, Tensor], scales: dict[str, Tensor]) -> dict[str, Ten
     result = dict(state)
     for name, own in scales.items():
         weight = f"{name.removesuffix('.scales')}.weight"
-        rows = own.clamp(min=1.0).repeat_interleave(len(state[weight]) // len(own))
-        result[weight] = (state[weight].float() * rows[:, None]).type_as(state[weight])
+        result[weight] = scaled_heads(state[weight], own.clamp(min=1.0))
     return result
