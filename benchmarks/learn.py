@@ -31,12 +31,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train import hardware
@@ -44,6 +47,7 @@ from train import hardware
 from nope_gpt import hub
 from nope_gpt.config import PrepareConfig, PretrainConfig
 from nope_gpt.config.presets import SEED_BEGINNING, SEED_RECIPE
+from nope_gpt.data.batches import Batch, TextBatches
 from nope_gpt.data.prepare import prepare
 from nope_gpt.evaluation.lengths import bits_per_byte, spans_of, windowed_losses
 from nope_gpt.evaluation.network import OwnNetwork
@@ -100,6 +104,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "recall 0.25": {"recall": 0.25},
     "recall 1": {"recall": 1.0},
     "documents apart, so no anchor": {"document_masking": True},
+    "growing batches": {"growing": True},
     "Muon, 1e-2": {"learning_rate": 1e-2},
     "Muon, 4e-2": {"learning_rate": 4e-2},
     "AdamW, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
@@ -109,7 +114,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "constant": {"schedule": "constant"},
     "the recipe of before": OLD,
 }
-"""Each changes something; `rotary` is of this script alone."""
+"""Each changes something; `rotary` and `growing` are of this script alone."""
 
 
 class Peer(nn.Module):
@@ -211,8 +216,38 @@ class Last(Listener):
         self.report = report
 
 
-def run(config: PretrainConfig, *, rotary: bool) -> StepReport:
-    """`nope pretrain`, with rotary embeddings to the end if that is asked for."""
+class GrowingBatches:
+    """The samples of so many steps of four batches each: the first quarter of them a batch at a
+    time, which makes as many steps, the others by four.
+    """
+
+    def __init__(self, batches: TextBatches, steps: int) -> None:
+        self.batches, self.small = batches, steps
+        self.num_steps = steps + 3 * steps // 4
+        self.num_samples, self.steps_per_epoch = batches.num_samples, batches.steps_per_epoch
+
+    def parts(self, step: int) -> range:
+        """Which of the small batches a step has."""
+        if step < self.small:
+            return range(step, step + 1)
+        first = self.small + 4 * (step - self.small)
+        return range(first, first + 4)
+
+    def sample_indices(self, step: int) -> NDArray[np.int64]:
+        return np.concatenate([self.batches.sample_indices(part) for part in self.parts(step)])
+
+    def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
+        """One micro-batch, of all samples of a step."""
+        parts = [self.batches.micro_batches(part, rank, world_size)[0] for part in self.parts(step)]
+        tokens, targets = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+        return [Batch(tokens, targets)]
+
+    def holdout(self, limit: int, rank: int, world_size: int) -> Iterator[Batch]:
+        return self.batches.holdout(limit, rank, world_size)
+
+
+def run(config: PretrainConfig, *, rotary: bool = False, growing: bool = False) -> StepReport:
+    """`nope pretrain`, with rotary embeddings to the end, or growing batches, if asked for."""
     last = Last()
     with launched(config) as (config, launch):
         task = Pretraining.of(config, launch.device)
@@ -220,6 +255,9 @@ def run(config: PretrainConfig, *, rotary: bool) -> StepReport:
             job = task.job(launch.device)
             if rotary:
                 job = replace(job, rotary_steps=config.max_steps + 1)
+            if growing:
+                batches = GrowingBatches(task.batches, config.max_steps)
+                job = replace(job, batches=batches, num_steps=batches.num_steps)
             execute(job, config, place, launch, [last], task.told)
     assert last.report
     return last.report
@@ -230,7 +268,9 @@ def trained(
 ) -> tuple[NoPEGPT, BaseTokenizer, StepReport]:
     """A cell of ours, for its steps or for so many seconds, on what was prepared there."""
     settings = dict(cell)
-    rotary = settings.pop("rotary", False)
+    own = {name: settings.pop(name, False) for name in ("rotary", "growing")}
+    if own["growing"]:
+        settings["batch_size"] //= 4
     settings |= {
         "dataset_path": str(directory / "datasets"),
         "run_dir_path": str(directory / "runs"),
@@ -244,13 +284,13 @@ def trained(
         steps = 20
         for part in (0.02, 0.2, 1.0):  # Trials, ever longer: the first steps are slow.
             trial = PretrainConfig(**settings, max_steps=steps, run_name=f"trial-{part}")
-            done = run(trial, rotary=rotary)
+            done = run(trial, **own)
             steps = max(round(done.step * part * seconds / done.seconds), 20)
         settings["max_steps"] = steps
-    last = run(PretrainConfig(**settings, run_name="cell"), rotary=rotary)
+    last = run(PretrainConfig(**settings, run_name="cell"), **own)
     model_path = locate(str(directory / "runs" / "cell"))
     model = NoPEGPT.from_saved(hub.load(model_path, rotary=True))
-    model.decoder.set_rotary(rotary)
+    model.decoder.set_rotary(own["rotary"])
     return model, BaseTokenizer.load(model_path), last
 
 
