@@ -58,13 +58,15 @@ def contacting(kind: str, repo_id: str, hint: str) -> Iterator[None]:
             hint=f"check the name; a private {kind} needs `hf auth login`",
         ) from None
     except LocalEntryNotFoundError as error:  # An EntryNotFoundError too, in name only.
-        raise NetworkError(f"the Hub cannot be reached: {error}", where=where, hint=hint) from None
+        raise NetworkError(
+            f"the Hub cannot be reached: {in_a_line(error)}", where=where, hint=hint
+        ) from None
     except EntryNotFoundError as error:
         raise MissingError(f"this {kind} lacks a file: {error}", where=where) from None
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
             raise NetworkError(
-                f"the Hub cannot be reached: {error}", where=where, hint=hint
+                f"the Hub cannot be reached: {in_a_line(error)}", where=where, hint=hint
             ) from None
         raise MissingError(
             f"the Hub does not let you read this {kind} ({error.response.status_code})",
@@ -75,4 +77,11 @@ def contacting(kind: str, repo_id: str, hint: str) -> Iterator[None]:
         if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
             with writing(Path(error.filename or "~/.cache/huggingface")):
                 raise
-        raise NetworkError(f"the Hub cannot be reached: {error}", where=where, hint=hint) from None
+        raise NetworkError(
+            f"the Hub cannot be reached: {in_a_line(error)}", where=where, hint=hint
+        ) from None
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error says, which may be several lines."""
+    return " ".join(str(error).split())

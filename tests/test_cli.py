@@ -509,7 +509,11 @@ def test_words_that_are_no_command_line_are_pointed_at(
 
 
 def flags_of(settings: dict[str, Any]) -> list[str]:
-    return [f"--{name}={value}" for name, value in settings.items()]
+    """As they are typed; what is on or off has no value."""
+    return [
+        f"--{'' if value else 'no-'}{name}" if type(value) is bool else f"--{name}={value}"
+        for name, value in settings.items()
+    ]
 
 
 def losses(run: str) -> list[float]:
