@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
+import time
 
 import typer
 
@@ -76,4 +78,28 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # No character is worth an end half-way.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # Read when torch is imported.
-    app(args=normalize(sys.argv[1:] if arguments is None else arguments), prog_name="nope")
+    try:
+        app(args=normalize(sys.argv[1:] if arguments is None else arguments), prog_name="nope")
+    except SystemExit as ended:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and type(ended.code) is int:
+            leave(ended.code)
+        raise
+
+
+GRACE = 1.0
+"""Seconds in which the first rank, which speaks to people, can say what is wrong: torchrun ends all
+others once one has failed."""
+
+
+def leave(code: int) -> None:
+    """End a rank, whose work is done and written, at once.
+
+    On Python's own way out the threads of torch's process groups can abort it, and torchrun
+    would take a run that ended well, or with a code of its own, for one that crashed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # Whoever read it is gone.
+            stream.flush()
+    if code and os.environ.get("RANK") != "0":
+        time.sleep(GRACE)
+    os._exit(code)
