@@ -40,6 +40,11 @@ def contacting(kind: str, repo_id: str, hint: str) -> Iterator[None]:
 
     folder = "datasets/" if kind == "data set" else ""
     where = f"https://huggingface.co/{folder}{repo_id}"
+
+    def unreachable(error: Exception) -> NetworkError:
+        said = " ".join(str(error).split())  # In a line.
+        return NetworkError(f"the Hub cannot be reached: {said}", where=where, hint=hint)
+
     try:
         yield
     except GatedRepoError:
@@ -58,16 +63,12 @@ def contacting(kind: str, repo_id: str, hint: str) -> Iterator[None]:
             hint=f"check the name; a private {kind} needs `hf auth login`",
         ) from None
     except LocalEntryNotFoundError as error:  # An EntryNotFoundError too, in name only.
-        raise NetworkError(
-            f"the Hub cannot be reached: {in_a_line(error)}", where=where, hint=hint
-        ) from None
+        raise unreachable(error) from None
     except EntryNotFoundError as error:
         raise MissingError(f"this {kind} lacks a file: {error}", where=where) from None
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
-            raise NetworkError(
-                f"the Hub cannot be reached: {in_a_line(error)}", where=where, hint=hint
-            ) from None
+            raise unreachable(error) from None
         raise MissingError(
             f"the Hub does not let you read this {kind} ({error.response.status_code})",
             where=where,
@@ -77,11 +78,4 @@ def contacting(kind: str, repo_id: str, hint: str) -> Iterator[None]:
         if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
             with writing(Path(error.filename or "~/.cache/huggingface")):
                 raise
-        raise NetworkError(
-            f"the Hub cannot be reached: {in_a_line(error)}", where=where, hint=hint
-        ) from None
-
-
-def in_a_line(error: Exception) -> str:
-    """What an error says, which may be several lines."""
-    return " ".join(str(error).split())
+        raise unreachable(error) from None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from nope_gpt.config import PrepareConfig, PretrainConfig
 from nope_gpt.data.prepare import prepare
@@ -87,3 +89,16 @@ def small_run(dataset: Path, root: Path, *, resume: Resume = False, **changes: A
     settings = RECIPE | {"dataset_path": str(dataset), "run_dir_path": str(root)} | changes
     pretrain(PretrainConfig(**settings), [recorder], resume=resume)
     return recorder
+
+
+def assert_resumed_is_uninterrupted(dataset: Path, root: Path, step: int, **settings: Any) -> None:
+    """A run of six steps, and the same without its checkpoints after a step, resumed: bitwise."""
+    settings |= {"checkpoint_interval": 1, "keep_checkpoints": 9}
+    small_run(dataset, root / "whole", **settings)
+    shutil.copytree(root / "whole", root / "part")
+    places = [root / name / "pretrain" / "checkpoints" for name in ("whole", "part")]
+    for later in range(step + 1, 7):
+        shutil.rmtree(places[1] / f"step-{later}")
+    small_run(dataset, root / "part", resume=True, **settings)
+    one, other = (load_file(place / "step-6" / "model.safetensors") for place in places)
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from reference import forward
 from safetensors.torch import load_file
-from small import SHAPE, byte_dataset, small_model, small_run
+from small import (
+    SHAPE,
+    assert_resumed_is_uninterrupted,
+    byte_dataset,
+    small_model,
+    small_run,
+)
 
 from nope_gpt import hub
 from nope_gpt.config import PretrainConfig
@@ -108,17 +113,7 @@ def test_losses_are_those_of_turned_queries_up_to_the_step_and_then_no_longer(
 def test_a_run_resumed_before_at_or_after_the_drop_is_bitwise_the_uninterrupted_one(
     dataset: Path, tmp_path: Path, step: int
 ) -> None:
-    whole = {"rotary_until": 0.5, "checkpoint_interval": 1, "keep_checkpoints": 9}
-    small_run(dataset, tmp_path / "whole", **whole)
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    for later in range(step + 1, 7):
-        shutil.rmtree(checkpoint(tmp_path / "part", later))
-    small_run(dataset, tmp_path / "part", resume=True, **whole)
-    one, other = (
-        load_file(checkpoint(tmp_path / name, 6) / "model.safetensors")
-        for name in ("whole", "part")
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_resumed_is_uninterrupted(dataset, tmp_path, step, rotary_until=0.5)
 
 
 def test_what_is_dropped_stays_dropped_when_a_run_is_made_longer(

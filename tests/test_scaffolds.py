@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from reference import forward
 from safetensors.torch import load_file
-from small import HELPED, SHAPE, byte_dataset, small_model, small_run
+from small import (
+    HELPED,
+    SHAPE,
+    assert_resumed_is_uninterrupted,
+    byte_dataset,
+    small_model,
+    small_run,
+)
 from small_chats import dataset_of, questions, tuned, tuning
 from torch.nn import functional as F
 from transformers import AutoTokenizer
@@ -138,17 +144,7 @@ def test_its_weight_falls_evenly_from_the_first_step_to_the_end(
 def test_a_run_resumed_in_the_middle_is_bitwise_the_uninterrupted_one(
     dataset: Path, tmp_path: Path, settings: dict[str, float]
 ) -> None:
-    whole = {"tokens_per_sample": 64, "checkpoint_interval": 1, "keep_checkpoints": 9, **settings}
-    small_run(dataset, tmp_path / "whole", **whole)
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    for later in (3, 4, 5, 6):
-        shutil.rmtree(checkpoint(tmp_path / "part", later))
-    small_run(dataset, tmp_path / "part", resume=True, **whole)
-    one, other = (
-        load_file(checkpoint(tmp_path / name, 6) / "model.safetensors")
-        for name in ("whole", "part")
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_resumed_is_uninterrupted(dataset, tmp_path, 2, tokens_per_sample=64, **settings)
 
 
 def test_recall_is_not_begun_in_the_middle_of_a_run(dataset: Path, tmp_path: Path) -> None:

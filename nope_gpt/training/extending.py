@@ -26,8 +26,6 @@ from nope_gpt.data.shards import Dataset
 from nope_gpt.device import autocast, resolve_precision
 from nope_gpt.errors import UsageError
 from nope_gpt.evaluation.calibration import SCALES
-from nope_gpt.history import stages_of
-from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.reach import sharpened
@@ -39,7 +37,7 @@ from nope_gpt.training.loop import Job
 from nope_gpt.training.planning import explaining_memory
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import Resume, begun, launched
-from nope_gpt.training.tuning import refuse_other_tokenizer
+from nope_gpt.training.tuning import OnABase, refuse_other_tokenizer
 
 SCALES_FILE = "head_scales.safetensors"
 
@@ -113,23 +111,13 @@ def extend(config: TuneConfig, listeners: list[Listener], *, resume: Resume = Fa
 
 
 @dataclass(frozen=True)
-class Extension:
+class Extension(OnABase):
     """What a config asks for, with its model and its text at hand.
 
     Attributes:
-        config: The settings.
-        base: Directory of the model.
-        saved: That model.
-        tokenizer: Its own.
-        dataset: The text.
         batches: Samples of the new length.
     """
 
-    config: TuneConfig
-    base: Path
-    saved: SavedModel
-    tokenizer: BaseTokenizer
-    dataset: Dataset
     batches: TextBatches
 
     @classmethod
@@ -188,17 +176,6 @@ class Extension:
             "optimizer": self.config.optimizer,
             "seed": self.config.seed,
         }
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What the model is made from."""
-        return {"data": self.dataset.origin, "before": stages_of(self.base)}
-
-    @property
-    def num_steps(self) -> int:
-        """Updates of the scales in all."""
-        every = self.config.num_epochs * self.batches.steps_per_epoch
-        return min(every, self.config.max_steps or every)
 
     @property
     def told(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from nope_gpt import adapters, hub, lora
 from nope_gpt.adapters import Adapter
 from nope_gpt.config import TuneConfig
+from nope_gpt.data.batches import Batches
 from nope_gpt.data.chats import ChatBatches
 from nope_gpt.data.documents import CHAT, PREFERENCE
 from nope_gpt.data.finding import find_dataset
@@ -67,13 +68,13 @@ def tune(config: TuneConfig, listeners: list[Listener], *, resume: Resume = Fals
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """What a config asks for, with its base and its data at hand.
+class OnABase:
+    """What changes a model that is there.
 
     Attributes:
-        config: With its objective settled.
-        base: Directory of the model to begin with.
-        saved: That model, with room for the control tokens.
+        config: The settings.
+        base: Directory of the model.
+        saved: That model.
         tokenizer: Its own.
         dataset: What to train on.
         batches: The same in order.
@@ -82,8 +83,32 @@ class Tuning:
     config: TuneConfig
     base: Path
     saved: SavedModel
-    tokenizer: ChatTokenizer
+    tokenizer: BaseTokenizer
     dataset: Dataset
+    batches: Batches
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the model is made from."""
+        return {"data": self.dataset.origin, "before": stages_of(self.base)}
+
+    @property
+    def num_steps(self) -> int:
+        """Updates in all."""
+        every = self.config.num_epochs * self.batches.steps_per_epoch
+        return min(every, self.config.max_steps or every)
+
+
+@dataclass(frozen=True)
+class Tuning(OnABase):
+    """What a config asks for, with its base and its data at hand.
+
+    Attributes:
+        config: With its objective settled.
+        saved: With room for the control tokens.
+    """
+
+    tokenizer: ChatTokenizer
     batches: ChatBatches
 
     @classmethod
@@ -135,17 +160,6 @@ class Tuning:
             "optimizer": config.optimizer,
             "seed": config.seed,
         }
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What the model is made from."""
-        return {"data": self.dataset.origin, "before": stages_of(self.base)}
-
-    @property
-    def num_steps(self) -> int:
-        """Updates of the weights in all."""
-        every = self.config.num_epochs * self.batches.steps_per_epoch
-        return min(every, self.config.max_steps or every)
 
     @property
     def told(self) -> dict[str, str]:
