@@ -142,7 +142,8 @@ def blockwise_attention_backward(
     gradient, q = by_group(gradient, groups), by_group(q, groups)
     k, v = (k * scale).flatten(0, 1), v.flatten(0, 1)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+    # Views of one sample would hand their layout on, where the compiler was told of another.
+    dk, dv = (k.new_zeros(k.shape, dtype=torch.float32) for _ in "kv")
     num_before = k.size(1) - q.size(3)
     for now, first in blocks(q.size(3), documents):
         queries, gradients = rows(q, now), rows(gradient, now)

@@ -22,6 +22,8 @@ TOKENIZER = "tokenizer.json"
 RANKS = "tokenizer.tiktoken"
 RUN = "run.json"
 HISTORY = "history.json"
+HOLDER, LOCK = "run.pid", "run.lock"
+"""In a run that a process trains now: its name, and what it holds."""
 
 
 Tell = Callable[[str], None]

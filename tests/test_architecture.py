@@ -39,6 +39,7 @@ FLOORS = [
     {"evaluation"},
     {"chat", "batching", "adapters", "transcripts"},
     {"training", "export"},
+    {"inspection", "diagnosis"},
     {"cli"},
 ]
 """Each module may import those on lower floors, and within a package its own."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from nope_gpt.attention import (
     Documents,
     blockwise_attention,
+    blockwise_attention_backward,
     causal_attention,
     offsets_of,
     packed_attention,
@@ -175,10 +176,15 @@ def test_a_packed_sample_gives_the_losses_of_its_documents_alone(dropout: float)
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_the_operator_keeps_torchs_rules() -> None:
-    for documents in (None, torch.zeros(2, 70, dtype=torch.long)):
-        q, k, v = (x.detach().requires_grad_() for x in drawn(0, 2, 2, 2, 70, 8, torch.float32))
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_operators_keep_torchs_rules(batch: int) -> None:
+    """With one sample too, whose views are laid out in another way."""
+    for documents in (None, torch.zeros(batch, 70, dtype=torch.long)):
+        q, k, v = (x.detach().requires_grad_() for x in drawn(0, batch, 2, 2, 70, 8, torch.float32))
         torch.library.opcheck(blockwise_attention, (q, k, v, documents))
+        gradient = torch.randn(batch, 70, 32)
+        inputs = (gradient, q.detach(), k.detach(), v.detach(), documents)
+        torch.library.opcheck(blockwise_attention_backward, inputs)
 
 
 has_compiler = any(map(shutil.which, ("g++", "clang++", "c++")))

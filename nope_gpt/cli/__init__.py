@@ -13,6 +13,7 @@ import typer
 from nope_gpt import __version__
 from nope_gpt.cli import (
     chat,
+    doctor,
     evaluate,
     export,
     generate,
@@ -53,6 +54,7 @@ app.command("generate", rich_help_panel=USE)(generate.command)
 app.command("chat", rich_help_panel=USE)(chat.command)
 app.command("eval", rich_help_panel=USE)(evaluate.command)
 app.command("size", rich_help_panel=USE)(size.command)
+app.command("doctor", rich_help_panel=USE)(doctor.command)
 
 
 def show_version(wanted: bool) -> None:

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from nope_gpt.cli.options import friendly
 from nope_gpt.cli.terminal import result, waiting
-from nope_gpt.errors import MissingError
-from nope_gpt.sizing.units import format_bytes
-
-if TYPE_CHECKING:
-    from nope_gpt.data.encoding import EncodedDocument
-    from nope_gpt.data.samples import Sample
-
-BAR_WIDTH = 40
-KINDS = {"text": "documents", "chat": "conversations", "preference": "pairs"}
+from nope_gpt.errors import UsageError
 
 
 def command(
-    path: Annotated[str, typer.Argument(help="Directory of a data set.", metavar="PATH")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="Directory of a data set, a run, a checkpoint, an export or another model, or "
+            "one that holds several of them.",
+            metavar="PATH",
+        ),
+    ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with its sha256.")
     ] = False,
     preview: Annotated[
         int,
         typer.Option(
-            help="Only show the first N documents of each source, what the model writes in green.",
+            help="Of a data set, only show the first N documents of each source, what the model "
+            "writes in green.",
             metavar="N",
             min=0,
         ),
@@ -42,156 +37,44 @@ def command(
         bool, typer.Option("--json", help="Print one JSON object on stdout, for programs.")
     ] = False,
 ) -> None:
-    """Show what a data set holds: documents, tokens, lengths, and what was left out.
+    """Explain what lies in a directory: what it is, what it holds, how it came to be.
 
     Examples:
 
     - `nope inspect datasets/fineweb-sample-10BT-r50k_base`
 
     - `nope inspect datasets/chats-r50k_base --preview 2`
+
+    - `nope inspect runs/pretrain`
+
+    - `nope inspect exports/my-model --verify`
+
+    - `nope inspect runs`
     """
     with friendly():
         show(Path(path).expanduser(), verify, preview, json)
 
 
 def show(path: Path, verify: bool, preview: int, json: bool) -> None:
-    """Print the report of a data set."""
-    from nope_gpt import artifacts
-    from nope_gpt.data.samples import samples_of
-    from nope_gpt.data.shards import TOLD, Dataset
-    from nope_gpt.data.staging import SUFFIX
+    """Print what is known of a directory."""
+    from nope_gpt.cli import artefacts, datasets
+    from nope_gpt.inspection import facts_of
 
-    if path.name.endswith(SUFFIX) and path.is_dir():
-        raise MissingError(
-            "this is the unfinished part of a data set",
-            where=str(path),
-            hint="the `nope prepare` that began it goes on with it",
-        )
-    dataset = Dataset.open(path).with_keys(TOLD)
-    if verify:
-        with waiting("comparing every file with its sha256"):
-            artifacts.verify(path, dataset.manifest)
+    with waiting("comparing every file with its sha256" if verify else f"reading {path}"):
+        facts = facts_of(path, verify=verify)
+    if facts["kind"] != "dataset":
+        if preview:
+            raise UsageError(
+                f"this is a {facts['kind']}, and --preview shows documents of a data set",
+                where=str(path),
+                hint=f"nope inspect {path}",
+            )
+        result(artefacts.described(facts), facts, json)
+        return
     if preview:
-        show_samples(samples_of(dataset, preview), json)
+        from nope_gpt.data.samples import samples_of
+        from nope_gpt.data.shards import Dataset
+
+        datasets.show_samples(samples_of(Dataset.open(path), preview), json)
         return
-    text = report(dataset.manifest)
-    result(text, {"path": str(path), **dataset.manifest}, json)
-
-
-def summary(manifest: dict[str, Any]) -> str:
-    """What a data set holds, in a line."""
-    from nope_gpt.data.report import bytes_per_token
-
-    stats = manifest["statistics"]
-    return (
-        f"{stats['documents']:,} {KINDS[manifest['content']]} "
-        f"({stats['holdout_documents']:,} held out), {stats['tokens']:,} tokens of "
-        f"{manifest['tokenizer']['name']}, {bytes_per_token(stats):.2f} bytes a token"
-    )
-
-
-def report(manifest: dict[str, Any]) -> str:
-    """What a data set holds, in lines, with a histogram of the lengths."""
-    from nope_gpt.data.report import bytes_per_token, num_refused, used_sources
-
-    stats, tokenizer = manifest["statistics"], manifest["tokenizer"]
-    kind = KINDS[manifest["content"]]
-    lines = [
-        f"{stats['documents']:,} {kind}, {stats['holdout_documents']:,} of them held out",
-        f"{stats['tokens']:,} tokens of {tokenizer['name']} "
-        f"({tokenizer['vocabulary_size']:,} in the vocabulary, {manifest['token_dtype']})",
-        f"{bytes_per_token(stats):.2f} bytes of text a token, "
-        f"{format_bytes(stats['text_bytes'])} in all",
-        f"{counted(len(manifest['shards']), 'shard')} from "
-        + ", ".join(source_line(source) for source in used_sources(manifest)),
-    ]
-    if stats["cut"]:
-        lines.append(f"{stats['cut']:,} were too long and lost their last messages")
-    if num_refused(stats):
-        lines.append(f"{num_refused(stats):,} refused:")
-    for reason, entry in stats["refused"].items():
-        lines.append(f"  {entry['count']:>9,}  {reason} (first: {entry['first']})")
-    if stats["dropped"]:
-        lines.append(f"{stats['dropped']:,} repeated an earlier one and were left out")
-    elif stats["duplicates"]:
-        lines.append(f"{stats['duplicates']:,} repeat another of the same shard (--deduplicate)")
-    return "\n".join([*lines, "tokens a document", *histogram(stats["lengths"])])
-
-
-def counted(count: int, noun: str) -> str:
-    """A number and its noun."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def source_line(source: dict[str, Any]) -> str:
-    """A source and where it comes from."""
-    files = counted(len(source["files"]), "file")
-    if "repo" in source:
-        return f"{source['name']} ({files} of {source['repo']}@{source['revision'][:12]})"
-    return f"{source['name']} ({files})"
-
-
-def histogram(lengths: list[int]) -> list[str]:
-    """A bar for each power of two, from the first to the last that occurs."""
-    first = next((power for power, count in enumerate(lengths) if count), 0)
-    most = max(lengths, default=0)
-    return [
-        f"  {2**power:>9,} – {2 ** (power + 1) - 1:<9,} "
-        f"{'█' * round(BAR_WIDTH * count / most) or ('▏' if count else ''):<{BAR_WIDTH}} {count:,}"
-        for power, count in enumerate(lengths)
-        if power >= first
-    ]
-
-
-def show_samples(samples: Iterable[Sample], json: bool) -> None:
-    """Print documents as they are trained on, or as one JSON object."""
-    if json:
-        result("", {"samples": [described(sample) for sample in samples]}, True)
-        return
-    for sample in samples:
-        show_sample(sample)
-
-
-def described(sample: Sample) -> dict[str, Any]:
-    """A document for programs."""
-    streams = []
-    for index, stream in enumerate(sample.streams):
-        runs = [{"text": text, "trained": trained} for text, trained in pieces(sample, index)]
-        streams.append({"tokens": stream.tokens.size, "trained": num_trained(stream), "runs": runs})
-    return {"source": sample.source, "streams": streams}
-
-
-def num_trained(stream: EncodedDocument) -> int:
-    """Tokens that the model is to write."""
-    return int(stream.tokens.size if stream.mask is None else stream.mask.sum())
-
-
-def show_sample(sample: Sample) -> None:
-    """Print a document on stdout; what the model writes is green, or stands in brackets."""
-    console = Console(highlight=False, soft_wrap=True, emoji=False)
-    for index, stream in enumerate(sample.streams):
-        side = ("", " (chosen)", " (rejected)")[index + 1 if len(sample.streams) > 1 else 0]
-        sizes = f"{stream.tokens.size:,} tokens, {num_trained(stream):,} trained"
-        console.rule(Text(f"{sample.source}{side}: {sizes}"), align="left")
-        for text, written in pieces(sample, index):
-            if console.is_terminal and not console.no_color:
-                console.print(text, style="green" if written else "dim", markup=False, end="")
-            else:
-                sys.stdout.write(f"⟦{text}⟧" if written and stream.mask is not None else text)
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-
-
-def pieces(sample: Sample, index: int) -> list[tuple[str, bool]]:
-    """Runs of tokens that are all trained, or none of them, as text."""
-    import numpy as np
-
-    stream = sample.streams[index]
-    if stream.mask is None:
-        return [(sample.tokenizer.decode_tokens(stream.tokens.tolist()), True)]
-    edges = [0, *(np.flatnonzero(np.diff(stream.mask)) + 1).tolist(), stream.tokens.size]
-    return [
-        (sample.tokenizer.decode_tokens(stream.tokens[a:b].tolist()), bool(stream.mask[a]))
-        for a, b in pairwise(edges)
-        if b > a
-    ]
+    result(datasets.report(facts), facts, json)

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
-from nope_gpt.cli.inspect import report, show_samples
+from nope_gpt.cli.datasets import report, show_samples
 from nope_gpt.cli.options import JSON, argument, configured, option
 from nope_gpt.cli.terminal import (
     QUIET_SECONDS,

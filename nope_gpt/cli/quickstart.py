@@ -70,7 +70,7 @@ def announce(line: str) -> None:
 
 def prepare(root: Path) -> Path:
     """Text and conversations from python-docs; returns the root of the data sets."""
-    from nope_gpt.cli.inspect import summary
+    from nope_gpt.cli.datasets import summary
     from nope_gpt.cli.prepare import Watcher
     from nope_gpt.data import prepare as data
 

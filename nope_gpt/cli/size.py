@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt.cli.options import JSON, configured, option
+from nope_gpt.cli.tables import markdown, text
 from nope_gpt.cli.terminal import result
 from nope_gpt.config import ModelConfig, SizeConfig
 from nope_gpt.errors import UsageError
@@ -23,9 +24,6 @@ from nope_gpt.sizing.report import (
 )
 from nope_gpt.sizing.time import Machine
 from nope_gpt.sizing.units import format_bytes, parse_memory
-
-BAR = 24
-"""Characters of the whole."""
 
 FORMAT = option("format", str, "text, or markdown.", default="text", metavar="[text|markdown]")
 
@@ -163,29 +161,3 @@ def add_comparison(
 def compared(amount: int, closed: int) -> str:
     """An amount, and how far off the calculated one is."""
     return f"{format_bytes(amount)} (calculated: {closed / amount - 1:+.1%})"
-
-
-def text(tables: list[Section]) -> str:
-    """Sections with columns and bars."""
-    lines: list[str] = []
-    for table in tables:
-        names = max(len(name) for name, _, _ in table.rows)
-        values = max((len(value) for _, value, share in table.rows if share is not None), default=0)
-        lines.append(table.title)
-        for name, value, share in table.rows:
-            bar = "" if share is None else f"{value:<{values}}  {'█' * round(share * BAR)}"
-            lines.append(f"  {name:<{names}}  {bar or value}".rstrip())
-        lines.append("")
-    return "\n".join(lines).rstrip()
-
-
-def markdown(tables: list[Section]) -> str:
-    """Sections as tables of a document."""
-    lines: list[str] = []
-    for table in tables:
-        lines += [f"**{table.title}**", "", "| | |", "|---|---|"]
-        for name, value, share in table.rows:
-            shown = f"`{value}`" if name == "run" else value
-            lines.append(f"| {name} | {shown}{'' if share is None else f' ({share:.0%})'} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()

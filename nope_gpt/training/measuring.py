@@ -115,7 +115,7 @@ def measured(work: Workload, device: torch.device) -> Calibration:
             f"these steps do not fit on {device}: by plan they take {format_bytes(needed)}",
             hint="a smaller --batch-size, or --activation-checkpointing",
         ) from None
-    tokens = work.tokens * min(work.gradient_accumulation_steps, 2)
+    tokens = tokens_of_step(work)
     flops = tokens * training_flops_per_token(work, work.tokens_per_sample, causal=False)
     is_gpu = device.type == "cuda"
     found = Calibration(
@@ -135,19 +135,48 @@ def measured(work: Workload, device: torch.device) -> Calibration:
     return found
 
 
+def tokens_per_second(work: Workload, device: torch.device, seconds: float) -> float:
+    """How many tokens are trained a second, by the fastest step of some seconds.
+
+    Args:
+        work: What is trained on.
+        device: What trains.
+        seconds: In which steps begin, after a first one that is not counted.
+    """
+    learner = learner_of(work, device)
+    timed_step(learner, work, device)
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, timed_step(learner, work, device))
+    return tokens_of_step(work) / best
+
+
 def real_steps(work: Workload, device: torch.device) -> tuple[int, float]:
     """The most bytes that the device's allocator gave out, and the seconds of a step."""
     peak = 0 if device.type == "cuda" else allocated_peak(work, device)
     learner = learner_of(work, device)
     train_step(learner, work)
-    seconds = math.inf
-    for _ in range(NUM_STEPS):
-        begun = time.perf_counter()
-        train_step(learner, work)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = min(seconds, time.perf_counter() - begun)
+    seconds = min(timed_step(learner, work, device) for _ in range(NUM_STEPS))
     return peak or torch.cuda.max_memory_allocated(device), seconds
+
+
+def timed_step(learner: Learner, work: Workload, device: torch.device) -> float:
+    """Train a step, and return its seconds."""
+    begun = time.perf_counter()
+    train_step(learner, work)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
+
+
+def batches_of_step(work: Workload) -> int:
+    """Micro-batches of a step that is measured: of an update's at most two."""
+    return min(work.gradient_accumulation_steps, 2)
+
+
+def tokens_of_step(work: Workload) -> int:
+    """Tokens of a step that is measured."""
+    return work.tokens * batches_of_step(work)
 
 
 def allocated_peak(work: Workload, device: torch.device, ranks: Ranks = ALONE) -> int:
@@ -195,7 +224,7 @@ def learner_of(work: Workload, device: torch.device, ranks: Ranks = ALONE) -> Le
 
 
 def train_step(learner: Learner, work: Workload) -> None:
-    """Train on a batch of one token over and over; of an update's batches on two at most."""
+    """Train on a batch of one token over and over."""
     shape = (work.batch_size, work.tokens_per_sample)
     count = 0
     if work.method != "pretrain":  # Answers lie end to end.
@@ -205,7 +234,7 @@ def train_step(learner: Learner, work: Workload) -> None:
     if count:
         documents = torch.arange(count, dtype=torch.int32).repeat_interleave(work.tokens_per_sample)
         documents = documents[None]
-    batches = min(work.gradient_accumulation_steps, 2)
+    batches = batches_of_step(work)
     for index in range(batches):
         with synchronizing(learner.network, learner.config, index == batches - 1):
             learner.forward_backward(Batch(tokens, tokens, documents, count), tokens.numel())

@@ -29,7 +29,7 @@ from nope_gpt.config import TrainingConfig
 from nope_gpt.device import Ranks, draw_seed, resolve_device, reuse_freed_memory
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.history import STATE
-from nope_gpt.locating import RUN, checkpoints_in, step_of
+from nope_gpt.locating import HOLDER, LOCK, RUN, checkpoints_in, step_of
 from nope_gpt.training import checkpoints, distribution
 from nope_gpt.training.watchdog import Watchdog
 
@@ -306,11 +306,11 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         UsageError: Another process has it; names it.
     """
-    holder = path / "run.pid"
+    holder = path / HOLDER
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(path / "run.lock", blocking=False):
+        with FileLock(path / LOCK, blocking=False):
             write_file(holder, f"process {os.getpid()} on {platform.node()}".encode())
             try:
                 yield

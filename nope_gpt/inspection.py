@@ -1,0 +1,284 @@
+"""What lies in a directory of ours: a data set, a run, a checkpoint, an export or another model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nope_gpt import artifacts, hub, sharpening
+from nope_gpt.artifacts import DAMAGE, MANIFEST, PARITY
+from nope_gpt.config import PretrainConfig, TuneConfig
+from nope_gpt.data.shards import TOLD, Dataset
+from nope_gpt.data.staging import SUFFIX, Staging, is_held
+from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
+from nope_gpt.history import METRICS, STATE, curves, stages_of, told_in
+from nope_gpt.knobs import Knobs, flag_of
+from nope_gpt.locating import (
+    CONFIG,
+    HOLDER,
+    INDEX,
+    LOCK,
+    RUN,
+    WEIGHTS,
+    checkpoints_in,
+    checkpoints_of,
+    near,
+    step_of,
+)
+from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
+
+Facts = dict[str, Any]
+"""What is told of a directory, as JSON has it; `kind` says of what kind it is."""
+
+COMMANDS: dict[str, type[Knobs]] = {
+    config.command: config for config in (PretrainConfig, TuneConfig)
+}
+"""What makes runs."""
+
+
+def kind_of(path: Path) -> str | None:
+    """What a directory is, by what lies in it; None if it is nothing of ours."""
+    if path.name.endswith(SUFFIX):
+        return "unfinished dataset"
+    has = {name: (path / name).is_file() for name in (RUN, STATE, PARITY, CONFIG, WEIGHTS, INDEX)}
+    if artifacts.is_kind(path, "dataset"):
+        return "dataset"
+    if artifacts.is_kind(path, "checkpoint") or has[STATE]:
+        return "checkpoint"
+    if has[RUN]:
+        return "run"
+    if has[PARITY]:
+        return "export"
+    if has[CONFIG] and (has[WEIGHTS] or has[INDEX]):
+        return "model"
+    return None
+
+
+def facts_of(path: Path, *, verify: bool = False) -> Facts:
+    """Everything that is known of a directory.
+
+    Args:
+        path: Of an artefact, or of several.
+        verify: Compare every file with its sha256, where one is recorded.
+
+    Raises:
+        MissingError: There is nothing, or nothing of ours.
+        UsageError: It is a file.
+        NopeError: It is damaged.
+    """
+    if path.is_file():
+        raise UsageError(
+            "this is a file, and what is inspected is a directory",
+            where=str(path),
+            hint=f"nope inspect {path.parent}",
+        )
+    if not path.is_dir():
+        raise MissingError(
+            "there is nothing here",
+            where=str(path),
+            hint=near(path) or "give the directory of a data set, run, checkpoint or export",
+        )
+    try:
+        kind = kind_of(path)
+        if kind:
+            return {"path": str(path), "kind": kind, **KINDS[kind](path, verify)}
+        return {"path": str(path), "kind": "collection", "items": items_in(path)}
+    except OSError as error:
+        raise NopeError(f"this cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def items_in(path: Path) -> list[Facts]:
+    """The artefacts of a directory that holds several, each in few words.
+
+    Raises:
+        MissingError: There is none.
+    """
+    inside = artefacts_in(path)
+    if not inside:
+        raise MissingError(
+            "this is nothing that nope has made",
+            where=str(path),
+            hint="give the directory of a data set, run, checkpoint or export",
+        )
+    return [
+        {"name": str(each.relative_to(path)), "kind": kind_of(each), "bytes": size_of(each)}
+        for each in inside
+    ]
+
+
+def artefacts_in(path: Path) -> list[Path]:
+    """The artefacts in a directory, and in the directories in it that are none themselves."""
+    found = []
+    for child in sorted(each for each in path.iterdir() if each.is_dir()):
+        if kind_of(child):
+            found.append(child)
+        else:
+            found += [each for each in sorted(child.iterdir()) if each.is_dir() and kind_of(each)]
+    return found
+
+
+def dataset_facts(path: Path, verify: bool) -> Facts:
+    """What the manifest of a data set says."""
+    dataset = Dataset.open(path).with_keys(TOLD)
+    if verify:
+        artifacts.verify(path, dataset.manifest)
+    return dataset.manifest
+
+
+def unfinished_facts(path: Path, _: bool) -> Facts:
+    """How far a preparation has come."""
+    staging = Staging(path)
+    plan = staging.plan() or {}
+    return {
+        "recipe": plan.get("recipe"),
+        "units": len(list(staging.units.glob("*.json"))),
+        "bytes": size_of(path),
+        "prepared_now": any(map(is_held, path.glob("part-*.lock"))),
+    }
+
+
+def model_facts(path: Path, verify: bool) -> Facts:
+    """What a model's directory holds, which is read whole and checked.
+
+    Raises:
+        NopeError: It is damaged.
+    """
+    if verify and (path / MANIFEST).is_file():
+        artifacts.verify(path, artifacts.read_manifest(path, "checkpoint"))
+    saved = hub.load(path, rotary=True)
+    hub.refuse_infinite(saved.state, str(path))
+    return {
+        "parameters": sum(weight.numel() for weight in saved.state.values()),
+        "dtypes": sorted({str(x.dtype).removeprefix("torch.") for x in saved.state.values()}),
+        "config": saved.config.as_dict(),
+        "trained_context_length": saved.trained_context_length,
+        "first_token": saved.first_token,
+        sharpening.SETTING: sharpening.as_setting(saved.sharpenings),
+        "tokenizer": tokenizer_facts(path, saved.config.vocabulary_size),
+        "stages": stages_of(path),
+        "files": {each.name: each.stat().st_size for each in sorted(path.iterdir())},
+    }
+
+
+def tokenizer_facts(path: Path, vocabulary_size: int) -> Facts:
+    """A model's tokenizer, and whether it takes turns; why it cannot be read, if it cannot."""
+    try:
+        tokenizer = tokenizer_of(BaseTokenizer.load(path), vocabulary_size)
+    except NetworkError as error:
+        return {"complaint": error.what}
+    return {"name": tokenizer.name, "chat": isinstance(tokenizer, ChatTokenizer)}
+
+
+def checkpoint_facts(path: Path, verify: bool) -> Facts:
+    """A model, and the step that it was saved after."""
+    manifest = artifacts.read_manifest(path, "checkpoint")
+    return {"step": manifest.get("step"), **model_facts(path, verify)}
+
+
+def export_facts(path: Path, verify: bool) -> Facts:
+    """How an export was compared with its source, and the model, where nope reads that format.
+
+    Raises:
+        NopeError: A file is not what was compared.
+    """
+    try:
+        record = json.loads((path / PARITY).read_text(encoding="utf-8"))
+        files = {str(Path(name).name): dict(entry) for name, entry in record["files"].items()}
+        told = {name: record[name] for name in ("format", "version", "reports")}
+    except DAMAGE as error:
+        raise NopeError(
+            f"the record of the comparison is damaged ({type(error).__name__})",
+            where=str(path / PARITY),
+        ) from None
+    if verify:
+        artifacts.verify(path, {"kind": "export", "files": files})
+    model = model_facts(path, verify) if (path / CONFIG).is_file() else {"stages": stages_of(path)}
+    return {
+        **model,
+        **told,
+        "files": {each.name: each.stat().st_size for each in sorted(path.iterdir())},
+    }
+
+
+def run_facts(path: Path, verify: bool) -> Facts:
+    """How far a run has come, what it was told, and its checkpoints."""
+    directory = checkpoints_of(path)
+    try:
+        record = json.loads((path / RUN).read_text(encoding="utf-8"))
+        command, settings = str(record["command"]), dict(record["config"])
+        told = {name: record.get(name) for name in ("version", "data", "facts")}
+    except DAMAGE as error:
+        raise NopeError(
+            f"this run's settings are damaged ({type(error).__name__})", where=str(path / RUN)
+        ) from None
+    rows = told_in(path / METRICS)
+    step = max((row["step"] for row in rows), default=0)
+    return {
+        "command": command,
+        **told,
+        "changed_settings": changed(COMMANDS.get(command), settings),
+        "step": step,
+        "trained_by": holder(path),
+        "latest": {name: value for row in rows for name, value in row.items()},
+        "losses": curves(path / METRICS, step),
+        "checkpoints": [
+            checkpoint_line(each, verify) for each in sorted(checkpoints_in(directory), key=step_of)
+        ],
+    }
+
+
+def changed(config: type[Knobs] | None, settings: Facts) -> Facts:
+    """The settings of a run that are not the defaults, by their flags."""
+    if config is None:
+        return settings
+    fields = dataclasses.fields(config)
+    return {
+        flag_of(field): settings[field.name]
+        for field in fields
+        if field.name in settings and settings[field.name] != plain(field.default)
+    }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def holder(path: Path) -> str | None:
+    """The process that trains a run now."""
+    if (path / LOCK).is_file() and is_held(path / LOCK):
+        with suppress(OSError):
+            return (path / HOLDER).read_text(encoding="utf-8")
+    return None
+
+
+def checkpoint_line(path: Path, verify: bool) -> Facts:
+    """A checkpoint of a run, and what is wrong with it, if anything."""
+    complaint = None
+    try:
+        manifest = artifacts.read_manifest(path, "checkpoint")
+        if verify:
+            artifacts.verify(path, manifest)
+    except NopeError as error:
+        complaint = error.what
+    return {"step": step_of(path), "bytes": size_of(path), "complaint": complaint}
+
+
+def size_of(path: Path) -> int:
+    """Bytes of all files in a directory."""
+    return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+
+
+KINDS: dict[str, Callable[[Path, bool], Facts]] = {
+    "dataset": dataset_facts,
+    "unfinished dataset": unfinished_facts,
+    "run": run_facts,
+    "checkpoint": checkpoint_facts,
+    "export": export_facts,
+    "model": model_facts,
+}
+"""What is known of each kind."""
