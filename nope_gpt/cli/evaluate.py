@@ -79,13 +79,7 @@ def command(
     place = place_for(str(config.model), directory) if record else None
     with waiting(f"loading {config.model}"):
         model, tokenizer = load_model(directory, config)
-    length = config.context_length or model.trained_context_length
-    if length is None:
-        raise UsageError(
-            "it is not known on how long contexts this model was trained",
-            where=str(directory),
-            hint="say it: --context-length 4096",
-        )
+    length = trained_length_of(config, model.trained_context_length)
     tokens = text_of(config, tokenizer)
     if calibrate:
         write_calibration(model, directory, tokens, length, config, as_json=json)
@@ -138,17 +132,27 @@ def compare(
 
     with waiting(f"loading {config.model}"):
         network, tokenizer, known = open_foreign(config)
-    length = config.context_length or known
-    if length is None:
-        raise UsageError(
-            "it is not known how long contexts this model was trained on",
-            where=str(config.model),
-            hint="say it: --context-length 1024",
-        )
+    length = trained_length_of(config, known)
     tokens = torch.tensor(tokenizer.tokenize(read_text(str(config.text))))
     with counting() as started:
         found = evaluate(network, tokenizer, tokens, length, config, started)
     tell(found, figure, plot, as_json=as_json)
+
+
+def trained_length_of(config: EvaluateConfig, known: int | None) -> int:
+    """Tokens of the context that a model was trained on, as it is told or as it is known.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    length = config.context_length or known
+    if length is None:
+        raise UsageError(
+            "it is not known on how long contexts this model was trained",
+            where=str(config.model),
+            hint="say it: --context-length 4096",
+        )
+    return length
 
 
 def tell(found: Evaluation, figure: Figure | None, plot: Path | None, *, as_json: bool) -> None:
@@ -172,30 +176,12 @@ def write_calibration(
     as_json: bool,
 ) -> None:
     """Search scales of attention, and keep those that help."""
-    from nope_gpt import hub
-    from nope_gpt.evaluation.calibration import CANDIDATES, calibrate
-    from nope_gpt.evaluation.report import Plan
-    from nope_gpt.sharpening import NONE, as_setting
+    from nope_gpt.evaluation.calibration import calibrate_model
+    from nope_gpt.sharpening import as_setting
 
-    plan = Plan(config, tokens, trained_length)
-    lengths = [length for length in plan.lengths if length > trained_length]
-    if not lengths:
-        raise UsageError("there is no longer context to calibrate for", hint="--lengths 2,4")
-    hub.refuse_to_change(directory)
-    if model.trained_context_length not in (None, trained_length):
-        raise UsageError(
-            f"this model was trained on {model.trained_context_length:,} tokens of context, and "
-            f"not on {trained_length:,}",
-            where=str(directory),
-            hint="leave --context-length out",
-        )
     with counting() as started:
-        advance = started(len(lengths) * (len(CANDIDATES) + 4) * plan.num_tokens // 2)
-        choices = calibrate(model, plan.spans, trained_length, lengths, advance)
+        choices = calibrate_model(model, directory, tokens, trained_length, config, started)
     found = {choice.length: choice.best for choice in choices if choice.helps}
-    if found or model.sharpenings:
-        off = {choice.length: NONE for choice in choices if not choice.helps}
-        hub.write_sharpenings(directory, model.sharpenings | off | found, trained_length)
     rows = [
         [
             f"{choice.length:,}",

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from nope_gpt import hub
+from nope_gpt.config import EvaluateConfig
 from nope_gpt.errors import UsageError
 from nope_gpt.evaluation.lengths import Estimate, windowed_losses
 from nope_gpt.evaluation.network import OwnNetwork
+from nope_gpt.evaluation.report import Plan
 from nope_gpt.model import NoPEGPT
 from nope_gpt.reach import sharpened
 from nope_gpt.sharpening import NONE, Sharpening
@@ -79,6 +83,51 @@ class Choice:
     def helps(self) -> bool:
         """Whether the gain is beyond chance."""
         return self.gain.mean > certain(self.num_spans) * self.gain.error
+
+
+def calibrate_model(
+    model: NoPEGPT,
+    directory: Path,
+    text: Tensor,
+    trained_length: int,
+    config: EvaluateConfig,
+    started: Callable[[int], Callable[[int], None]] = lambda _: lambda _: None,
+) -> list[Choice]:
+    """Find what sharpens attention best for each length, and write what helps into config.json.
+
+    What was written before for one of these lengths and does not help is turned off.
+
+    Args:
+        model: In eval mode, in float32.
+        directory: With its files.
+        text: Tokens [.].
+        trained_length: Of the context, in tokens.
+        config: Which lengths, and how much of the text.
+        started: Told how many tokens there are to read; returns what is told of progress.
+
+    Raises:
+        UsageError: No length is longer than what was trained, the text is too short, the model was
+            trained on another length, or its files are not to be changed.
+    """
+    plan = Plan(config, text, trained_length)
+    lengths = [length for length in plan.lengths if length > trained_length]
+    if not lengths:
+        raise UsageError("there is no longer context to calibrate for", hint="--lengths 2,4")
+    hub.refuse_to_change(directory)
+    if model.trained_context_length not in (None, trained_length):
+        raise UsageError(
+            f"this model was trained on {model.trained_context_length:,} tokens of context, and "
+            f"not on {trained_length:,}",
+            where=str(directory),
+            hint="leave --context-length out",
+        )
+    advance = started(len(lengths) * (len(CANDIDATES) + 4) * plan.num_tokens // 2)
+    choices = calibrate(model, plan.spans, trained_length, lengths, advance)
+    found = {choice.length: choice.best for choice in choices if choice.helps}
+    if found or model.sharpenings:
+        off = {choice.length: NONE for choice in choices if not choice.helps}
+        hub.write_sharpenings(directory, model.sharpenings | off | found, trained_length)
+    return choices
 
 
 def calibrate(
