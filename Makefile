@@ -3,8 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
+JOBS ?= auto
+PYTEST_RUN := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup quickstart test test-online test-llama check fix docs clean
+.PHONY: help setup quickstart test test-slow coverage hooks ci test-online test-llama check fix docs clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,8 +22,21 @@ setup: .venv/installed  ## Make the virtual environment and install into it
 quickstart: setup  ## Make a small language model from Python's documentation, offline
 	$(BIN)/nope quickstart
 
-test: setup  ## Run the tests
-	$(BIN)/python -m pytest $(PYTEST) $(TESTS)
+test: setup  ## Run the tests, but for those that take long
+	$(PYTEST_RUN) $(PYTEST) $(TESTS)
+
+test-slow: setup  ## Run those that take long: kills, ranks, real processes
+	$(PYTEST_RUN) -m slow $(PYTEST) $(TESTS)
+
+coverage: setup  ## Report which lines the quick tests reach
+	$(PYTEST_RUN) --cov=nope_gpt --cov-report=term:skip-covered $(PYTEST) $(TESTS)
+
+hooks: setup  ## Have git run `make check` before each commit
+	$(BIN)/pip install --quiet --disable-pip-version-check pre-commit
+	$(BIN)/pre-commit install
+
+ci: setup  ## Run what has to pass before anything lands
+	.ci/run
 
 test-online: setup  ## First contact with the real Hub: both published models
 	$(BIN)/python -m pytest -m online $(PYTEST) $(TESTS)

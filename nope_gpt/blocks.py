@@ -147,8 +147,7 @@ class SelfAttention(nn.Module):
             out = attend(q, k, v)
         else:
             if self.growth:
-                num_keys = torch.arange(1, q.size(2) + 1, device=q.device)
-                q = q * self.growth.factors(num_keys)[:, None].type_as(q)
+                q = self.growth.applied(q)
             out = causal_attention(q, k, v, documents, self.dropout if self.training else 0.0)
         return self.out_proj(out)  # type: ignore[no-any-return]
 

@@ -111,7 +111,7 @@ def mps_works() -> bool:
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that the matrix products of training run in."""
+    """The dtype of matrix products: float32, bfloat16, or by auto the faster of them."""
     if name == "auto":
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -24,6 +24,7 @@ from nope_gpt.device import (
     peak_flops,
     resolve_precision,
 )
+from nope_gpt.errors import first_line
 from nope_gpt.model import NoPEGPT
 from nope_gpt.sizing.arithmetic import training_flops_per_token
 from nope_gpt.sizing.calibration import own_cpu
@@ -118,7 +119,7 @@ def compiling(device: torch.device) -> Iterator[Finding]:
             yield Finding("torch.compile", GOOD, f"compiles a block in {seconds:.0f} s")
             return
         except Exception as error:  # Whatever a compiler can fail with.
-            reason = f"{type(error).__name__}: {compilation.first_line(error)}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             torch._dynamo.reset()
     yield Finding("torch.compile", LESS, reason, "train without it: --compile off")
 

@@ -24,6 +24,7 @@ from nope_gpt.byte_pairs import (
 from nope_gpt.config import ENCODINGS
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 from nope_gpt.locating import CONFIG, RANKS, TOKENIZER
+from nope_gpt.places import cache_directory
 
 END_OF_TEXT = "<|endoftext|>"
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
@@ -208,8 +209,7 @@ def keep_downloads() -> None:
     """Have tiktoken keep ranks where a reboot does not remove them."""
     chosen = any(name in os.environ for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"))
     if not chosen and Path("~").expanduser().is_dir():
-        cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(Path(cache) / "nope-gpt" / "tiktoken")
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache_directory() / "tiktoken")
 
 
 def clean(text: str) -> str:

@@ -68,3 +68,8 @@ class Interrupted(NopeError):
     def __init__(self, what: str, *, exit_code: int, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)
         self.exit_code = exit_code
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in a line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -7,13 +7,13 @@ carries all of it in one file.
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nope_gpt.artifacts import DAMAGE
 from nope_gpt.errors import NopeError
-from nope_gpt.locating import HISTORY, RUN
+from nope_gpt.locating import HISTORY, read_run
 
 METRICS = "metrics.jsonl"
 STATE = "state.json"
@@ -37,11 +37,12 @@ def stages_of(directory: Path) -> list[Stage]:
             return [checked(stage) for stage in stages]
         if not (directory / STATE).is_file():
             return []
-        record = json.loads((directory / RUN).read_text(encoding="utf-8"))
+        record = read_run(directory)
         state = json.loads((directory / STATE).read_text(encoding="utf-8"))
         stage = {name: state[name] for name in ("step", "tokens", "seconds")}
         stage |= {name: record[name] for name in ("command", "version", "config")}
-        losses = curves(log_of(directory, record), stage["step"])
+        log = logged(log_of(directory, record))
+        losses = curves((line.row for line in log), stage["step"])
         before = [checked(stage) for stage in record.get("before", [])]
         return [*before, checked(stage | {"data": record.get("data"), "losses": losses})]
     except DAMAGE as error:
@@ -84,22 +85,47 @@ def log_of(checkpoint: Path, record: dict[str, Any]) -> Path:
     return run / METRICS
 
 
-def told_in(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; one that a loss of power has cut short is left out."""
-    found = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        with suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                found.append(row)
+class Line(NamedTuple):
+    """A line of a run's log.
+
+    Attributes:
+        step: That it is of.
+        row: What it says.
+        text: As it stands there.
+    """
+
+    step: int
+    row: dict[str, Any]
+    text: str
+
+
+def logged(path: Path) -> list[Line]:
+    """The whole lines of a run's log; a last one that was cut short is left out.
+
+    Raises:
+        NopeError: A line is damaged; names it.
+    """
+    if not path.is_file():
+        return []
+    found: list[Line] = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                row = dict(json.loads(line))
+                found.append(Line(int(row["step"]), row, line))
+    except DAMAGE as error:
+        raise NopeError(
+            f"line {len(found) + 1} of this log is damaged ({type(error).__name__})",
+            where=str(path),
+            hint="move the file away; the checkpoints do not need it",
+        ) from None
     return found
 
 
-def curves(path: Path, last_step: int) -> dict[str, list[list[float]]]:
+def curves(rows: Iterable[dict[str, Any]], last_step: int) -> dict[str, list[list[float]]]:
     """The losses of a run up to a step: pairs of a step and a loss, of training and of hold-out."""
     found: dict[str, list[list[float]]] = {"loss": [], "eval_loss": []}
-    for row in told_in(path):
+    for row in rows:
         for name, points in found.items():
             if isinstance(row.get(name), float) and row["step"] <= last_step:
                 points.append([row["step"], row[name]])

@@ -15,7 +15,7 @@ from nope_gpt.config import PretrainConfig, TuneConfig
 from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.data.staging import SUFFIX, Staging, is_held
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
-from nope_gpt.history import METRICS, STATE, curves, stages_of, told_in
+from nope_gpt.history import METRICS, STATE, curves, logged, stages_of
 from nope_gpt.knobs import Knobs, flag_of
 from nope_gpt.locating import (
     CONFIG,
@@ -25,8 +25,8 @@ from nope_gpt.locating import (
     RUN,
     WEIGHTS,
     checkpoints_in,
-    checkpoints_of,
     near,
+    read_run,
     step_of,
 )
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
@@ -206,27 +206,18 @@ def export_facts(path: Path, verify: bool) -> Facts:
 
 def run_facts(path: Path, verify: bool) -> Facts:
     """How far a run has come, what it was told, and its checkpoints."""
-    directory = checkpoints_of(path)
-    try:
-        record = json.loads((path / RUN).read_text(encoding="utf-8"))
-        command, settings = str(record["command"]), dict(record["config"])
-        told = {name: record.get(name) for name in ("version", "data", "facts")}
-    except DAMAGE as error:
-        raise NopeError(
-            f"this run's settings are damaged ({type(error).__name__})", where=str(path / RUN)
-        ) from None
-    rows = told_in(path / METRICS)
+    record, rows = read_run(path), [line.row for line in logged(path / METRICS)]
     step = max((row["step"] for row in rows), default=0)
     return {
-        "command": command,
-        **told,
-        "changed_settings": changed(COMMANDS.get(command), settings),
+        **{name: record.get(name) for name in ("command", "version", "data", "facts")},
+        "changed_settings": changed(COMMANDS.get(record["command"]), record["config"]),
         "step": step,
         "trained_by": holder(path),
         "latest": {name: value for row in rows for name, value in row.items()},
-        "losses": curves(path / METRICS, step),
+        "losses": curves(rows, step),
         "checkpoints": [
-            checkpoint_line(each, verify) for each in sorted(checkpoints_in(directory), key=step_of)
+            checkpoint_line(each, verify)
+            for each in sorted(checkpoints_in(path / record["checkpoints"]), key=step_of)
         ],
     }
 

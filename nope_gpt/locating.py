@@ -120,12 +120,28 @@ def model_in(path: Path, tell: Tell = untold) -> Path:
 
 def checkpoints_of(run: Path) -> Path:
     """The directory of a run's checkpoints."""
+    return run / str(read_run(run)["checkpoints"])
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """What the run.json of a run, or of a checkpoint, says.
+
+    Raises:
+        MissingError: There is none.
+        NopeError: It is damaged.
+    """
+    file = directory / RUN
     try:
-        return run / str(json.loads((run / RUN).read_text(encoding="utf-8"))["checkpoints"])
+        record = json.loads(file.read_text(encoding="utf-8"))
+        for name, kind in {"command": str, "config": dict, "checkpoints": str}.items():
+            if not isinstance(record[name], kind):
+                raise TypeError(f"{name} is {record[name]!r}")
+    except FileNotFoundError:
+        raise MissingError("this is not a run", where=str(directory)) from None
     except DAMAGE as error:
-        raise NopeError(
-            f"this run's settings are damaged ({type(error).__name__})", where=str(run / RUN)
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise NopeError(f"this run's settings are damaged ({reason})", where=str(file)) from None
+    return dict(record)
 
 
 def newest_checkpoint(directory: Path, tell: Tell = untold) -> Path:

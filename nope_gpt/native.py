@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from nope_gpt.caching import KVCache
 from nope_gpt.errors import NopeError
+from nope_gpt.places import cache_directory
 from nope_gpt.quantization import Int8Embedding, Int8Linear
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -256,8 +257,7 @@ def place() -> Path | str:
     code = [source.read_bytes() for source in SOURCES]
     identity = [*code, version, " ".join([found, *FLAGS]).encode(), processor()]
     name = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "nope-gpt" / f"native-{name}.so"
+    return cache_directory() / f"native-{name}.so"
 
 
 def processor() -> bytes:

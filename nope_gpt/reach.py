@@ -19,8 +19,8 @@ from nope_gpt.sharpening import NONE, Growth, Sharpening, for_context, scaled_he
 def plan_context(model: NoPEGPT, length: int) -> Sharpening:
     """Prepare for a context by what was found for it, from now on.
 
-    Keys that are in a cache were computed with the scale of their time, so a conversation has one
-    for all of it.
+    What was found for other contexts is dropped, being of the weights as they were. Keys that are
+    in a cache were computed with the scale of their time, so a conversation has one for all of it.
 
     Args:
         model: Any.
@@ -43,7 +43,7 @@ def sharpen(model: NoPEGPT, found: Sharpening) -> None:
 
 @contextmanager
 def sharpened(model: NoPEGPT, found: Sharpening, trained_length: int) -> Iterator[None]:
-    """Let a model attend otherwise for a while; its weights come back as they were.
+    """Let a model attend otherwise for a while; then it is again as it was.
 
     Args:
         model: Any.
@@ -53,12 +53,13 @@ def sharpened(model: NoPEGPT, found: Sharpening, trained_length: int) -> Iterato
     layers = [layer.attention.q_proj for layer in model.decoder.layers]
     parts = [each.scale if isinstance(each, Int8Linear) else each.weight.data for each in layers]
     before = [part.clone() for part in parts]
+    growth = model.decoder.growth
     scale_attention(model, found.scale)
     model.decoder.set_growth(Growth(found.growth, trained_length) if found.growth else None)
     try:
         yield
     finally:
-        model.decoder.set_growth(None)
+        model.decoder.set_growth(growth)
         for part, own in zip(parts, before, strict=True):
             part.copy_(own)
 

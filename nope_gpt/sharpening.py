@@ -38,6 +38,11 @@ class Growth(NamedTuple):
         """1 + rate * ln(keys / length) for each number of keys beyond the length, float32."""
         return 1.0 + self.rate * torch.log((num_keys / self.length).clamp(min=1.0))
 
+    def applied(self, q: Tensor) -> Tensor:
+        """Queries [B, H, T, D] that each see the tokens up to their own, multiplied by theirs."""
+        num_keys = torch.arange(1, q.size(2) + 1, device=q.device)
+        return q * self.factors(num_keys)[:, None].type_as(q)
+
 
 class Sharpening(NamedTuple):
     """What scores are multiplied by.

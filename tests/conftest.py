@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # As `nope` has it; read when torch is imported.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // (workers + 1), 1)))
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,12 +50,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--forbid-skips", action="store_true", help="fail if any test was skipped for any reason"
     )
+    parser.addoption(
+        "--file-budget", type=float, help="fail if the tests of a file take more seconds than this"
+    )
+
+
+spent: Counter[str] = Counter()
+"""Seconds by file."""
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    spent[report.nodeid.partition("::")[0]] += report.duration
+
+
+def beyond_budget(config: pytest.Config) -> list[str]:
+    budget = config.getoption("--file-budget")
+    over = [(file, seconds) for file, seconds in spent.items() if budget and seconds > budget]
+    return [f"{file} took {seconds:.0f} s, and may take {budget:.0f}" for file, seconds in over]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in beyond_budget(terminalreporter.config):
+        terminalreporter.write_line(f"over budget: {line}", red=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A skipped test is no passed test, where everything is at hand to run it."""
     reporter = session.config.pluginmanager.getplugin("terminalreporter")
-    if session.config.getoption("--forbid-skips") and reporter.stats.get("skipped"):
+    skipped = session.config.getoption("--forbid-skips") and reporter.stats.get("skipped")
+    if reporter and (skipped or beyond_budget(session.config)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

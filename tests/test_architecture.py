@@ -17,7 +17,7 @@ import nope_gpt
 PACKAGE = Path(nope_gpt.__file__).parent
 
 FLOORS = [
-    {"errors"},
+    {"errors", "places"},
     {"knobs"},
     {"config"},
     {"hardware"},

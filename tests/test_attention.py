@@ -190,6 +190,7 @@ def test_the_operators_keep_torchs_rules(batch: int) -> None:
 has_compiler = any(map(shutil.which, ("g++", "clang++", "c++")))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_compiler, reason="there is no C++ compiler")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_compiled_blocks_compute_what_eager_ones_do(precision: torch.dtype) -> None:

@@ -77,6 +77,7 @@ def prompts_in(path: Path, count: int) -> list[dict[str, object]]:
     return lines
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_becomes_a_file_of_texts_whatever_ends_it(
     model: Path, tmp_path: Path, nope: Nope
 ) -> None:
@@ -197,6 +198,7 @@ def test_flags_that_contradict_each_other_are_named(
     assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_beams_bias_and_stops_are_asked_for_on_the_command_line(model: Path, nope: Nope) -> None:
     flags = ["--model", model, "--max-tokens=12", "--device=cpu", "--dtype=float32"]
     beams = json.loads(nope("generate", "The ", *flags, "--num-beams=3", "--json").stdout)

@@ -42,6 +42,7 @@ def exhaustive(
     return sorted(found, key=lambda item: -item.score)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 99),
@@ -89,6 +90,7 @@ def test_more_beams_find_nothing_less_likely() -> None:
     assert better, "greedy is not always the likeliest"
 
 
+@pytest.mark.slow
 def test_the_search_goes_on_while_a_longer_text_could_still_be_better() -> None:
     """With a length penalty a finished text may yet lose to one that is not."""
     for seed in range(20):

@@ -86,6 +86,7 @@ def test_a_step_that_does_not_fit_is_explained_by_the_plan(
         assert caught.value.hint == lever
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_is_explained_by_the_plan(dataset: Path, nope: Nope) -> None:
     """By a limit of the system, before the first step."""
     limited = 'ulimit -v 6000000; exec "$0" "$@"'

@@ -228,6 +228,7 @@ def test_scales_folded_into_the_queries_are_those_of_the_scores(tmp_path, per_he
         assert torch.equal(again(tokens[None]), model(tokens[None]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", ["off", "on"])
 @pytest.mark.parametrize(("capacity", "pinned"), [(64, 0), (20, 0), (20, 3)])
 def test_a_scale_that_grows_is_that_of_the_tokens_that_are_seen(
@@ -441,6 +442,7 @@ def here(workshop, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_what_is_printed_is_what_was_computed(nope):
     words = ["--lengths", "1,2", "--num-tokens", "256", "--passkey-keys", "0"]
@@ -466,6 +468,7 @@ def test_what_is_printed_is_what_was_computed(nope):
             assert f"{bucket['loss']:.4f}" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_hold_out_is_read_and_all_of_it_drawn(nope, tmp_path):
     pytest.importorskip("matplotlib")
@@ -476,6 +479,7 @@ def test_the_hold_out_is_read_and_all_of_it_drawn(nope, tmp_path):
     assert "Entropy of attention" in (tmp_path / "a.svg").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -519,6 +523,7 @@ def test_what_is_kept_is_of_the_weights_that_are_stored(nope, words, said):
 WORDS = ["--lengths", "1,2", "--num-tokens", "512", "--context-length", "128"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.usefixtures("here")
@@ -548,6 +553,7 @@ def test_transformers_finds_the_same_of_the_same_model(nope, tmp_path, anchored)
     assert other["attention_entropy"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_what_is_recorded_is_in_the_run_its_tensorboard_and_the_card_of_its_export(nope):
     pytest.importorskip("matplotlib")
@@ -606,6 +612,7 @@ def test_what_is_not_for_models_of_another_library_is_told(nope, words, said):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_what_is_calibrated_is_written_where_it_helps_and_nowhere_else(nope, tmp_path):
     model, spans = self_written(sharpness=6.0)

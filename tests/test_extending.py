@@ -173,6 +173,7 @@ def test_nothing_but_the_scales_is_trained(base: Path) -> None:
     assert {name.rpartition(".")[2] for name in weights} == {"scales"}
 
 
+@pytest.mark.slow
 def test_the_command_line_knows_what_extending_implies(base: Path, dataset: Path, nope) -> None:
     words = ["--model", str(base), "--dataset-path", str(dataset), "--device", "cpu"]
     words += ["--run-dir-path", str(base.parent), "--max-steps", "3", "--precision", "float32"]

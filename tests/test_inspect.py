@@ -22,6 +22,7 @@ from nope_gpt.training.runs import locked
 Nope = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.mark.slow
 def test_samples_are_told_to_programs_as_one_object(nope: Nope, tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "Hi?"},
                           {"role": "assistant", "content": "Yes."}]}]  # fmt: skip

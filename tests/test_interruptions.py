@@ -176,6 +176,7 @@ def test_a_kill_at_any_write_flush_or_rename_changes_nothing(
         assert tree(root) == expected, f"killed at {moment} of {total}"
 
 
+@pytest.mark.slow
 def test_a_loss_of_power_changes_nothing(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     names = [str(tmp_path / "corpus")]
     for moment in range(10, 1200, 61):
@@ -266,6 +267,7 @@ def test_kills_at_random_moments_change_nothing(
     assert tree(root) == undisturbed
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(
     tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:

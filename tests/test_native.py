@@ -226,6 +226,7 @@ def test_a_compiler_that_fails_is_asked_once_and_what_it_said_is_told(
     native.place.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_first_answer_does_not_wait_for_the_compiler_and_a_later_one_has_it(
     tmp_path: Path,
 ) -> None:

@@ -30,6 +30,7 @@ def model(tmp_path: Path) -> Path:
     return sharp(tmp_path / "model", vocabulary_size=261, tokenizer="bytes")
 
 
+@pytest.mark.slow
 def test_each_format_goes_to_a_repository_of_its_own_and_loads_from_there(
     model: Path, tmp_path: Path, nope: Nope
 ) -> None:
@@ -126,6 +127,7 @@ def test_an_interrupted_upload_does_not_send_again_what_arrived(
         assert not [line for line in hub.requests if line.startswith("PUT /lfs/")]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_written_anew_for_an_upload_if_the_source_or_the_file_changed(
     model: Path, tmp_path: Path, nope: Nope
 ) -> None:

@@ -84,12 +84,14 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_every_optimizer_at_every_level_is_the_unsharded_one_through_a_checkpoint() -> None:
     code, talk = ended(started(str(HERE / "sharded.py")))
     assert code == 0, talk
     assert "15 combinations" in talk
 
 
+@pytest.mark.slow
 def test_the_plan_of_two_ranks_is_among_what_the_allocator_of_each_gives_out() -> None:
     code, talk = ended(started(str(HERE / "sized.py")))
     assert code == 0, talk
@@ -103,6 +105,7 @@ def test_the_plan_of_two_ranks_is_among_what_the_allocator_of_each_gives_out() -
 
 
 # Torch 2.13 itself crashes in DDP on a CPU at DETAIL, which compares the ranks' operations.
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "detail"), [(0, "INFO"), (3, "DETAIL")])
 def test_two_ranks_are_one_in_loss_evaluation_and_checkpoint(
     dataset: Path, tmp_path: Path, level: int, detail: str
@@ -185,6 +188,7 @@ def test_a_gradient_that_is_no_number_once_costs_one_update(dataset: Path, tmp_p
     assert names == ["step-2", "step-6"], "none of the step without an update"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
@@ -232,6 +236,7 @@ def test_no_thread_is_in_the_store_when_a_run_is_over() -> None:
     assert not watchdog.thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_ends_the_run_with_its_number(dataset: Path, tmp_path: Path) -> None:
     """R14: neither the others nor torchrun wait for it beyond the timeout."""
     begun = time.monotonic()
@@ -267,6 +272,7 @@ def children_of(process: int) -> list[int]:
     return [int(word) for word in listing.stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
@@ -306,6 +312,7 @@ def test_ranks_whose_launcher_was_killed_end_in_a_checkpoint(dataset: Path, tmp_
     assert int(newest.name.removeprefix("step-")) == len(losses(tmp_path))
 
 
+@pytest.mark.slow
 def test_gpus_starts_the_ranks_and_ends_as_they_end(dataset: Path, tmp_path: Path) -> None:
     """`nope pretrain --gpus N` is torchrun without its own words."""
     places = [f"--dataset-path={dataset}", f"--run-dir-path={tmp_path}"]

@@ -54,6 +54,7 @@ def run_python(code: str, stdin: str, environment: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("source", ["directory", "hub"])
 def test_the_readmes_python_runs_as_it_stands_there(source: str, tmp_path: Path) -> None:
@@ -76,6 +77,7 @@ def test_the_readmes_python_runs_as_it_stands_there(source: str, tmp_path: Path)
         assert bool(hub.requests) == (source == "hub")
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_chat_talks_to_a_model_of_the_hub_and_again_without_it(tmp_path: Path) -> None:
     write_models(tmp_path / "hub" / "models")
@@ -123,6 +125,7 @@ print(torch.equal(model(tokens), again(tokens)), again.vocabulary_size)
         assert run_python(code, "", environment) == "True 50261\n"
 
 
+@pytest.mark.slow
 def test_a_model_that_is_on_no_hub_is_missing_and_an_absent_hub_is_the_network(
     tmp_path: Path,
 ) -> None:

@@ -405,6 +405,7 @@ def test_a_checkpoint_is_of_its_step_however_long_its_writing_takes(
 # R8, R10, R11: order, randomness and schedule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_a_run_resumed_twice_over_the_end_of_an_epoch_is_the_uninterrupted_one(
     dataset: Path, tmp_path: Path, optimizer: str
@@ -467,6 +468,7 @@ def test_a_run_begun_from_a_checkpoint_of_another_is_that_run_from_there(
         small_run(dataset, root, resume=step_3, run_name="third", optimizer="muon", dropout=0.2)
 
 
+@pytest.mark.slow
 def test_resuming_takes_the_settings_of_what_it_is_given(
     dataset: Path, tmp_path: Path, nope: Nope
 ) -> None:

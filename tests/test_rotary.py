@@ -126,6 +126,7 @@ def test_what_is_dropped_stays_dropped_when_a_run_is_made_longer(
     NoPEGPT.from_pretrained(checkpoint(tmp_path, 12))
 
 
+@pytest.mark.slow
 def test_a_model_that_still_has_its_positions_is_refused_and_told_what_to_do(
     dataset: Path, tmp_path: Path, nope
 ) -> None:

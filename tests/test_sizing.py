@@ -287,11 +287,13 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [*GRID, *WAYS], ids=str)
 def test_the_closed_form_is_that_of_a_rehearsal_without_numbers(work):
     assert training_memory(work).peak == pytest.approx(rehearsed_peak(work, CPU), rel=0.03)
 
 
+@pytest.mark.slow
 @given(workloads())
 @settings(max_examples=25, deadline=None)
 def test_the_closed_form_is_that_of_a_rehearsal_for_any_shape(work):
@@ -299,6 +301,7 @@ def test_the_closed_form_is_that_of_a_rehearsal_for_any_shape(work):
     assert training_memory(work).peak == pytest.approx(rehearsed, rel=0.03, abs=slack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", GRID[::5] + WAYS[::5], ids=str)
 def test_a_rehearsal_without_numbers_counts_what_the_allocator_gives_to_a_real_step(work):
     assert rehearsed_peak(work, CPU) == pytest.approx(allocated_peak(work), rel=0.05)
@@ -513,6 +516,7 @@ def test_any_workload_is_sized_in_words_numbers_and_markdown(nope):
     assert "dimensions per layer  1024   (usual are 32 to 128)" in odd
 
 
+@pytest.mark.slow
 def test_a_model_that_is_there_is_sized_for_tuning_and_generating(nope, tmp_path):
     small_model(vocabulary_size=61).save_pretrained(tmp_path / "model")
     found = json.loads(nope("size", "--model", "model", "--method", "dpo", "--json").stdout)
@@ -547,6 +551,7 @@ def test_what_cannot_be_meant_is_refused(nope, words, code, said):
     assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_a_step_is_rehearsed_and_measured_and_later_answers_know_the_machine(nope, tmp_path):
     shape = ["--embedding-dimensions", 64, "--num-q-heads", 2, "--num-kv-heads", 1]
     small = [*shape, "--num-hidden-layers", 2, "--tokens-per-sample", 128, "--device", "cpu"]
@@ -579,6 +584,7 @@ def test_parts_are_drawn(nope, tmp_path, name):
 # The trainer
 
 
+@pytest.mark.slow
 def test_the_batch_that_fits_is_found_and_each_update_stays_the_same(nope, corpus, tmp_path):
     byte_dataset(corpus, tmp_path / "datasets")
     words = ["pretrain", "--preset", "tiny", "--tokens-per-sample", 64, "--device", "cpu"]

@@ -102,6 +102,7 @@ def test_standard_input_is_kept_in_a_file(monkeypatch: pytest.MonkeyPatch) -> No
         assert documents(source) == ["one\ntwo é"]
 
 
+@pytest.mark.slow
 def test_python_docs_are_a_source_of_prose_and_one_of_conversations() -> None:
     prose, chats = opened("python-docs")
     assert (prose.name, chats.name) == ("python-docs", "python-docs")

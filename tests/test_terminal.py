@@ -280,6 +280,7 @@ def test_the_window_may_change_its_size_and_wide_letters_be_typed(
     leave(child)
 
 
+@pytest.mark.slow
 def test_markdown_is_shown_block_by_block_and_never_again(start: Start) -> None:
     child = start("--repeat-penalty=0", model=speaker("# Td"), size=(24, 60))
     ask(child, "Hi.")
@@ -298,6 +299,7 @@ def test_a_model_that_is_not_there_ends_it_at_once(start: Start, tmp_path: Path)
     assert child.exitstatus == 3
 
 
+@pytest.mark.slow
 def test_a_damaged_model_is_told_when_it_was_to_answer(start: Start, tmp_path: Path) -> None:
     saved(speaker("ok"), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes(b"broken")
@@ -307,6 +309,7 @@ def test_a_damaged_model_is_told_when_it_was_to_answer(start: Start, tmp_path: P
     leave(child)
 
 
+@pytest.mark.slow
 def test_no_escape_of_a_models_reaches_the_terminal(start: Start) -> None:
     assert TOKENIZER
     child = start("--no-markdown", model=speaker("a\x1b]0;b\x07c"))
@@ -316,6 +319,7 @@ def test_no_escape_of_a_models_reaches_the_terminal(start: Start) -> None:
     leave(child)
 
 
+@pytest.mark.slow
 def test_a_published_model_is_talked_to_and_again_when_the_hub_is_gone(
     start: Start, tmp_path: Path
 ) -> None:

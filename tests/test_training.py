@@ -336,6 +336,7 @@ def test_pruning_never_removes_the_checkpoint_just_written(tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-100", "step-150"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)]

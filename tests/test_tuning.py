@@ -171,6 +171,7 @@ def test_kills_at_random_moments_change_no_bit(base: Path, chats: Path, tmp_path
     assert differing(tmp_path / "whole" / "tune", tmp_path / "parts" / "tune") == []
 
 
+@pytest.mark.slow
 def test_packed_conversations_are_trained_on_as_padded_ones_are(
     base: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -247,6 +248,7 @@ def test_two_ranks_tune_as_one_does(
         torch.testing.assert_close(two.state_dict()[name], weight, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_tuning_learns_the_answers_and_shows_them_before_and_after(
     base: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -332,6 +334,7 @@ def test_a_share_of_a_subset_is_drawn_by_the_seed(base: Path, chats: Path) -> No
         chosen(dataset_subset="chats:2")
 
 
+@pytest.mark.slow
 def test_a_file_is_prepared_first_with_the_tokenizer_of_the_model(
     base: Path, tmp_path: Path, nope: Nope
 ) -> None:
@@ -351,6 +354,7 @@ def test_a_file_is_prepared_first_with_the_tokenizer_of_the_model(
     assert "this holds text, and no conversations" in refused.stderr
 
 
+@pytest.mark.slow
 def test_parts_of_a_data_set_of_the_hub_are_prepared_first(
     base: Path, tmp_path: Path, nope: Nope
 ) -> None:

@@ -24,7 +24,7 @@ from nope_gpt.cli import (
     size,
     tune,
 )
-from nope_gpt.cli.options import normalize
+from nope_gpt.cli.options import friendly, normalize
 
 app = typer.Typer(
     name="nope",
@@ -80,8 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # No character is worth an end half-way.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # Read when torch is imported.
+    with friendly():
+        arguments = normalize(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(args=normalize(sys.argv[1:] if arguments is None else arguments), prog_name="nope")
+        app(args=arguments, prog_name="nope")
     except SystemExit as ended:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and type(ended.code) is int:
             leave(ended.code)

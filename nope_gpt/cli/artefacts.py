@@ -7,9 +7,8 @@ from typing import Any
 
 from nope_gpt.cli.datasets import counted
 from nope_gpt.cli.tables import text
-from nope_gpt.cli.terminal import duration
 from nope_gpt.sizing.report import Section
-from nope_gpt.sizing.units import format_bytes
+from nope_gpt.sizing.units import format_bytes, format_seconds
 
 Facts = dict[str, Any]
 
@@ -56,7 +55,7 @@ def run(facts: Facts) -> Sections:
         rows.append(("hold-out loss", curve(losses["eval_loss"])))
     if "tokens" in latest:
         rate = latest["tokens"] / max(latest["seconds"], 1e-9)
-        spent = f"{latest['tokens']:,} tokens in {duration(latest['seconds'])}"
+        spent = f"{latest['tokens']:,} tokens in {format_seconds(latest['seconds'])}"
         rows.append(("trained on", f"{spent}, {rate:,.0f} tokens/s"))
     if facts["data"]:
         rows.append(("data", data_line(facts["data"])))

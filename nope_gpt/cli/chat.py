@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json as jsons
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nope_gpt.cli.options import JSON, configured
@@ -13,7 +14,10 @@ from nope_gpt.config import ChatConfig
 from nope_gpt.errors import NopeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nope_gpt.chat import ChatSession
+    from nope_gpt.tools import Tool
 
 
 @configured(ChatConfig, JSON)
@@ -37,21 +41,37 @@ def command(config: ChatConfig, json: bool) -> None:
     from nope_gpt.device import draw_seed, resolve_device
     from nope_gpt.tools import load_tools
 
-    load_tools(config.tools)  # Refused now, and not when the model is there.
+    # What cannot be is refused now, and not when the model is there.
+    tools = load_tools(config.tools)
     resolve_device(config.device)
-    find_model(config, "chat")
+    directory = find_model(config, "chat")
     torch.manual_seed(draw_seed() if config.seed is None else config.seed)
+    found = {config.model: directory}
     if is_interactive() and not json:
         from nope_gpt.cli.repl.conversation import Conversation
 
         say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.", style="dim")
-        Conversation(config, opened).run()
+        Conversation(config, partial(opened, tools, found, is_told_later=True)).run()
     else:
-        answer_lines(opened(config), json)
+        answer_lines(opened(tools, found, config), json)
 
 
-def opened(config: ChatConfig, tell: Callable[[float], None] = lambda _: None) -> ChatSession:
+def opened(
+    tools: Mapping[str, Tool],
+    found: dict[str | None, Path],
+    config: ChatConfig,
+    tell: Callable[[float], None] = lambda _: None,
+    *,
+    is_told_later: bool = False,
+) -> ChatSession:
     """A session with the model that is named.
+
+    Args:
+        tools: What the model may ask for.
+        found: Where models are that were looked for already; each is used up.
+        config: Of the session.
+        tell: Told which share of the model has been read.
+        is_told_later: Whether it is told when a conversation is longer than was trained.
 
     Raises:
         NopeError: It cannot be loaded.
@@ -59,17 +79,17 @@ def opened(config: ChatConfig, tell: Callable[[float], None] = lambda _: None) -
     from nope_gpt.chat import session_of
     from nope_gpt.cli.loading import find_model, load_model, plan_context
     from nope_gpt.tokenization import ChatTokenizer
-    from nope_gpt.tools import load_tools
 
-    model, tokenizer = load_model(find_model(config, "chat"), config, tell)
-    plan_context(model, config.context_length)
+    directory = found.pop(config.model, None) or find_model(config, "chat")
+    model, tokenizer = load_model(directory, config, tell)
+    plan_context(model, config.context_length, is_told_later=is_told_later)
     if not isinstance(tokenizer, ChatTokenizer):
         say(
             "note: this is a base model, which was never taught to take turns: it continues what "
             "you write; `nope tune` teaches it",
             style="yellow",
         )
-    return session_of(model, tokenizer, config, load_tools(config.tools))
+    return session_of(model, tokenizer, config, tools)
 
 
 def piped_messages() -> Iterator[str]:

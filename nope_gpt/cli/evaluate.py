@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nope_gpt.cli.findings import columns, estimate, shown
 from nope_gpt.cli.options import JSON, configured, option
-from nope_gpt.cli.terminal import progress_bar, result, say, talk, waiting
+from nope_gpt.cli.terminal import progress_bar, read_text, result, say, talk, waiting
 from nope_gpt.config import EvaluateConfig
 from nope_gpt.errors import UsageError
 
@@ -216,36 +216,9 @@ def text_of(config: EvaluateConfig, tokenizer: BaseTokenizer) -> Tensor:
     if config.text is not None:
         return torch.tensor(tokenizer.tokenize(read_text(config.text)))
     dataset = Dataset.open(find_dataset(Path(config.dataset_path).expanduser(), config.dataset))
-    if dataset.tokenizer["fingerprint"] != tokenizer.fingerprint:
-        raise UsageError(
-            f"the data set has tokens of {dataset.tokenizer['name']}, and the model those of "
-            f"{tokenizer.name}",
-            where=str(dataset.path),
-            hint="--text FILE, or prepare the text with --token-encoding MODEL",
-        )
+    dataset.require_tokenizer(tokenizer.name, tokenizer.fingerprint, str(config.model))
     stream = TokenStream(dataset, holdout=True)
     return torch.from_numpy(stream.read(0, len(stream)))
-
-
-def read_text(name: str) -> str:
-    """A file, or for - standard input.
-
-    Raises:
-        MissingError: It cannot be read.
-        UsageError: It is no text.
-    """
-    import sys
-
-    from nope_gpt.errors import MissingError
-
-    try:
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise MissingError(f"cannot be read: {error.strerror}", where=name) from None
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"this is no text in UTF-8: byte {error.start:,}", where=name) from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from nope_gpt import adapters, hub, reach
 from nope_gpt.cli.terminal import say, waiting
 from nope_gpt.config import GenerateConfig, ModelChoice, SamplingConfig
-from nope_gpt.device import draw_seed, has_bfloat16, resolve_device, seed_of
+from nope_gpt.device import draw_seed, resolve_device, resolve_precision, seed_of
 from nope_gpt.errors import UsageError
 from nope_gpt.hub import Tell
 from nope_gpt.locating import locate
@@ -32,8 +32,14 @@ def open_model(config: SamplingConfig, command: str) -> tuple[NoPEGPT, BaseToken
     return model, tokenizer
 
 
-def plan_context(model: NoPEGPT, planned: int) -> None:
-    """Prepare a model for a context of so many tokens, and say what that means."""
+def plan_context(model: NoPEGPT, planned: int, *, is_told_later: bool = False) -> None:
+    """Prepare a model for a context of so many tokens, and say what that means.
+
+    Args:
+        model: Any.
+        planned: Tokens.
+        is_told_later: Whether it is told, once it is so, that a context is longer than was trained.
+    """
     trained = model.trained_context_length
     if trained is None or planned <= trained:
         return
@@ -43,7 +49,8 @@ def plan_context(model: NoPEGPT, planned: int) -> None:
         if found != NONE
         else "what it writes beyond them may be worse"
     )
-    say(f"note: trained on {trained:,} tokens of context; {done}", style="dim")
+    if found != NONE or not is_told_later:
+        say(f"note: trained on {trained:,} tokens of context; {done}", style="dim")
 
 
 def find_model(config: ModelChoice, command: str) -> Path:
@@ -77,10 +84,9 @@ def load_model(
 
 def in_dtype(model: NoPEGPT, name: str, device: torch.device) -> NoPEGPT:
     """A model in the dtype that --dtype names; the integers are of the stored weights."""
-    half = torch.bfloat16 if has_bfloat16(device) else torch.float32
     if name == "int8":
-        return model.quantize(half)
-    return model.to({"auto": half, "float32": torch.float32, "bfloat16": torch.bfloat16}[name])
+        return model.quantize(resolve_precision("auto", device))
+    return model.to(resolve_precision(name, device))
 
 
 def seed_for(config: GenerateConfig, prompt: int, sample: int) -> int:

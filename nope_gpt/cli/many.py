@@ -12,9 +12,10 @@ from typing import Any
 from nope_gpt.artifacts import writing
 from nope_gpt.batching import Request, answers
 from nope_gpt.cli.loading import open_model, plan_context, seed_for
-from nope_gpt.cli.terminal import Pace, duration, progress_bar, result, say, talk
+from nope_gpt.cli.terminal import Pace, progress_bar, result, say, talk
 from nope_gpt.config import GenerateConfig
 from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.sizing.units import format_seconds
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 GENERATED = {"text", "new_tokens", "reason", "samples"}
@@ -186,4 +187,4 @@ class Progress:
             self.bar.update(self.task, completed=self.done, figures=speed)
         elif self.done == self.total or self.pace.is_due():
             left = (self.total - self.done) * seconds / (self.done - self.begun_at)
-            say(f"line {self.done}/{self.total} · {speed} · {duration(left)} left")
+            say(f"line {self.done}/{self.total} · {speed} · {format_seconds(left)} left")

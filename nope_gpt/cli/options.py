@@ -51,8 +51,10 @@ def normalize(arguments: list[str]) -> list[str]:
 
     `--batch_size=2` becomes `--batch-size=2`, `--lora_rank` becomes `--rank`. For the
     commands that only read a model, `--checkpoint_path` is `--model`. `--batch-size auto` is a
-    switch of its own. What follows a bare
-    `--` is left alone.
+    switch of its own. What follows a bare `--` is left alone.
+
+    Raises:
+        UsageError: A flag is no more.
     """
     command = next((word for word in arguments if not word.startswith("-")), None)
     result: list[str] = []
@@ -72,7 +74,7 @@ def normalize(arguments: list[str]) -> list[str]:
         if flag == "batch-size" and (value if equals else following) == AUTO:
             flag, equals, value, skipped = "auto-batch-size", "", "", not equals
         if flag in RETIRED:
-            fail(UsageError(f"--{flag} is gone: {RETIRED[flag]}"))
+            raise UsageError(f"--{flag} is gone: {RETIRED[flag]}")
         if flag == "checkpoint-path" and command in ("generate", "chat"):
             flag = "model"
         if flag == "resume" and not equals and following.startswith("-"):

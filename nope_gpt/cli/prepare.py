@@ -11,14 +11,13 @@ from nope_gpt.cli.options import JSON, argument, configured, option
 from nope_gpt.cli.terminal import (
     QUIET_SECONDS,
     Pace,
-    duration,
     progress_bar,
     result,
     say,
     talk,
 )
 from nope_gpt.config import PrepareConfig
-from nope_gpt.sizing.units import format_bytes
+from nope_gpt.sizing.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from nope_gpt.data.commit import Prepared
@@ -129,7 +128,7 @@ def estimated(needed: Estimate) -> str:
         f"download   {format_bytes(needed.download_bytes)}",
         f"text       about {format_bytes(needed.text_bytes)}, {needed.tokens:,} tokens",
         f"disk       about {format_bytes(needed.disk_bytes)}",
-        f"time       about {duration(needed.seconds)} of encoding, beside the download",
+        f"time       about {format_seconds(needed.seconds)} of encoding, beside the download",
     ]
     return "\n".join(lines)
 
@@ -187,4 +186,4 @@ class Watcher:
         if not progress.size or done <= 0:
             return ""
         seconds = (time.perf_counter() - self.started) * (progress.size - progress.done) / done
-        return f" · {progress.done / progress.size:.0%} · {duration(seconds)} left"
+        return f" · {progress.done / progress.size:.0%} · {format_seconds(seconds)} left"

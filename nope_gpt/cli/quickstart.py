@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from nope_gpt.cli.options import configured
-from nope_gpt.cli.terminal import duration, result, say
+from nope_gpt.cli.terminal import result, say
 from nope_gpt.config import (
     PRESETS,
     ChatConfig,
@@ -20,6 +20,7 @@ from nope_gpt.config import (
     TuneConfig,
 )
 from nope_gpt.errors import UsageError
+from nope_gpt.sizing.units import format_seconds
 
 ENCODING = "bpe:4096"
 QUESTION = "What does textwrap.dedent do?"
@@ -53,7 +54,10 @@ def command(
         raise UsageError(error.what, where=error.where, hint=hint) from None
     exported = export(root, tuned)
     answer(exported, config)
-    say(f"\nDone in {duration(time.perf_counter() - started)}. What to type next:", style="bold")
+    say(
+        f"\nDone in {format_seconds(time.perf_counter() - started)}. What to type next:",
+        style="bold",
+    )
     say(f"  nope chat --model {exported}")
     say(f'  nope generate "{OPENINGS[0]}" --model {base}')
     say(f"  nope export --model {tuned} --format transformers --output {root / 'for-transformers'}")

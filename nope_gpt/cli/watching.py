@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.progress import Progress, TaskID
 
-from nope_gpt.cli.terminal import Pace, duration, progress_bar, say, talk
-from nope_gpt.sizing.units import format_bytes
+from nope_gpt.cli.terminal import Pace, progress_bar, say, talk
+from nope_gpt.sizing.units import format_bytes, format_seconds
 from nope_gpt.training.reporting import EvaluationReport, Listener, Plan, StepReport
 
 
@@ -43,7 +43,7 @@ class Watcher(Listener):
             self.bar.update(self.task, completed=report.step, figures=figures)
         elif report.step == self.num_steps or self.pace.is_due():
             left = (self.num_steps - report.step) * report.seconds / report.step
-            say(f"step {report.step}/{self.num_steps} · {figures} · {duration(left)} left")
+            say(f"step {report.step}/{self.num_steps} · {figures} · {format_seconds(left)} left")
 
     def evaluated(self, report: EvaluationReport) -> None:
         """Show the loss of the hold-out."""

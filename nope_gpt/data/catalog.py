@@ -17,7 +17,7 @@ from nope_gpt.data.documents import MESSAGES, PAIRS, Schema
 from nope_gpt.data.downloads import Remote
 from nope_gpt.data.reading import SUFFIXES
 from nope_gpt.data.sources import named_share
-from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
+from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError, first_line
 from nope_gpt.remote import contacting
 
 OFFLINE = "try again with a network, or give local files"
@@ -180,11 +180,6 @@ def described_collection(repo_id: str, revision: str) -> Collection:
     defaults = [subset.name for subset in named if subset.name == "default"]
     only = named[0].name if len(named) == 1 else ""
     return collection(repo_id, label, defaults[0] if defaults else only, *named)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    return (str(error).splitlines() or [""])[0]
 
 
 def subset_of(config: dict[str, Any], label: str) -> Subset:

@@ -34,8 +34,15 @@ def find_dataset(
 
     Raises:
         MissingError: It is not there, or none is; lists those that are.
-        UsageError: There are several and none was named.
+        UsageError: There are several and none was named, or one was in two ways.
     """
+    if any(fineweb) and (name or (root / MANIFEST).is_file()):
+        raise UsageError(
+            "--dataset-subset and --token-encoding choose among data sets of FineWeb, and one is "
+            "named already",
+            where=name or str(root),
+            hint="leave them out: a data set has the tokens that it was prepared with",
+        )
     if (root / MANIFEST).is_file():
         if name and name != root.name:
             raise UsageError(

@@ -287,7 +287,8 @@ class Preparation:
         if self.staging.is_worth_keeping:
             done, files = self.progress.files_done, self.progress.files
             kept = f"{done:,} of {files:,} files are encoded and kept in {self.staging.path}"
-            error.hint = f"{error.hint}; {kept}, and the same command goes on"
+            kept = f"{kept}, and the same command goes on"
+            error.hint = f"{error.hint}; {kept}" if error.hint else kept
         return error
 
     def note(self, text: str) -> None:

@@ -249,6 +249,24 @@ class Dataset:
             return [(shard,) for shard in self.shards]
         return list(zip(self.shards[::2], self.shards[1::2], strict=True))
 
+    def require_tokenizer(self, name: str, fingerprint: str, model: str) -> None:
+        """Check that the tokens are those of a model.
+
+        Args:
+            name: Of the model's tokenizer.
+            fingerprint: Of it.
+            model: Where that is.
+
+        Raises:
+            UsageError: They are not.
+        """
+        if fingerprint != self.tokenizer["fingerprint"]:
+            raise UsageError(
+                f"the model's tokenizer is {name}, and the data set's is {self.tokenizer['name']}",
+                where=f"{model} and {self.path}",
+                hint=f"prepare the data again: nope prepare FILE --token-encoding {model}",
+            )
+
     def require(self, content: str) -> Dataset:
         """Return this data set if it holds text, or conversations, as a command needs.
 

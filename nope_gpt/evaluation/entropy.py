@@ -34,8 +34,7 @@ def attention_entropies(model: NoPEGPT, tokens: Tensor, positions: Tensor) -> Te
         projected = attention.projections(layer.attention_norm(hidden))
         q, k, _ = (attention.heads(part) for part in projected)
         if attention.growth:
-            num_keys = torch.arange(1, q.size(2) + 1, device=q.device)
-            q = q * attention.growth.factors(num_keys)[:, None].type_as(q)
+            q = attention.growth.applied(q)
         found.append(_entropies(q[:, :, positions], k, positions).mean(dim=0))
         hidden = layer(hidden)
     return torch.stack(found)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from nope_gpt.config import EvaluateConfig
 from nope_gpt.cross_entropy import IGNORED
-from nope_gpt.device import has_bfloat16, resolve_device
-from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.device import resolve_device, resolve_precision
+from nope_gpt.errors import NopeError, UsageError, first_line
 from nope_gpt.evaluation.network import beginning_with
 from nope_gpt.sharpening import NONE, Sharpening
 
@@ -100,8 +100,7 @@ def open_foreign(config: EvaluateConfig) -> tuple[ForeignNetwork, ForeignTokeniz
     import transformers
 
     device = resolve_device(config.device)
-    half = torch.bfloat16 if has_bfloat16(device) else torch.float32
-    dtype = {"auto": half, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    dtype = resolve_precision(config.dtype, device)
     name, safe = str(config.model), {"trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
@@ -109,8 +108,9 @@ def open_foreign(config: EvaluateConfig) -> tuple[ForeignNetwork, ForeignTokeniz
             name, dtype=dtype, use_safetensors=True, **safe
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise NopeError(f"transformers does not read this model: {reason}", where=name) from None
+        raise NopeError(
+            f"transformers does not read this model: {first_line(error)}", where=name
+        ) from None
     length = getattr(model.config, "max_position_embeddings", None)
     vocabulary = ForeignTokenizer(tokenizer)
     network = ForeignNetwork(model.eval().to(device), vocabulary.first_token)

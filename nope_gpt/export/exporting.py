@@ -23,7 +23,7 @@ from nope_gpt.artifacts import (
     write_json,
 )
 from nope_gpt.config import ExportConfig
-from nope_gpt.errors import NetworkError, NopeError, UsageError
+from nope_gpt.errors import NetworkError, NopeError, UsageError, first_line
 from nope_gpt.evaluation import record
 from nope_gpt.export import card, gguf_layout, hub_layout, parity, transformers_layout
 from nope_gpt.export.gguf_readers import GgufReader, LlamaCppReader
@@ -182,7 +182,7 @@ def read_again(source: Source, open_reader: Callable[[], Reader], name: str) -> 
     except NopeError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise NopeError(
             f"the export cannot be read again, and was not kept: {reason}",
             where=f"--format {name}",

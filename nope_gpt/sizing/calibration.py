@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nope_gpt.places import cache_directory
+
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
@@ -53,8 +55,7 @@ def own_cpu() -> str:
 
 def store() -> Path:
     """The file of all calibrations of this user."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "nope-gpt" / "calibrations.json"
+    return cache_directory() / "calibrations.json"
 
 
 def known() -> dict[str, Calibration]:

@@ -10,7 +10,7 @@ import torch
 
 from nope_gpt.config import TrainingConfig
 from nope_gpt.device import autocast
-from nope_gpt.errors import UsageError
+from nope_gpt.errors import UsageError, first_line
 from nope_gpt.model import NoPEGPT
 
 WORTHWHILE_FLOPS = 1e14
@@ -80,8 +80,3 @@ def try_blocks(model: NoPEGPT, precision: torch.dtype, shape: tuple[int, int]) -
         result = block(hidden)
     torch.autograd.backward(result.sum())
     block.zero_grad(set_to_none=True)
-
-
-def first_line(error: Exception) -> str:
-    """The beginning of what an error says."""
-    return next(iter(str(error).splitlines()), "")[:200]

@@ -37,7 +37,7 @@ from nope_gpt.training.loop import Job
 from nope_gpt.training.planning import explaining_memory
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import Resume, begun, launched
-from nope_gpt.training.tuning import OnABase, refuse_other_tokenizer
+from nope_gpt.training.tuning import OnABase
 
 SCALES_FILE = "head_scales.safetensors"
 
@@ -155,7 +155,7 @@ class Extension(OnABase):
         tokenizer = tokenizer_of(BaseTokenizer.load(base), saved.config.vocabulary_size)
         root = Path(config.dataset_path).expanduser()
         dataset = Dataset.open(find_dataset(root, config.dataset)).require("text")
-        refuse_other_tokenizer(tokenizer, dataset, base)
+        dataset.require_tokenizer(tokenizer.name, tokenizer.fingerprint, str(base))
         batches = TextBatches(
             dataset,
             tokens_per_sample=int(config.extend.removesuffix("x")) * trained,
@@ -169,7 +169,7 @@ class Extension(OnABase):
     def facts(self) -> dict[str, Any]:
         """What must not change while the run goes on."""
         return {
-            "base model": hub.digest(self.base),
+            "base model": self.base_sha256,
             "data set": self.dataset.fingerprint,
             "extension": self.config.extend,
             "samples per step": self.batches.samples_per_step,

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nope_gpt.artifacts import DAMAGE, write_file, writing
-from nope_gpt.errors import NopeError
-from nope_gpt.history import METRICS
+from nope_gpt.artifacts import write_file, writing
+from nope_gpt.history import METRICS, logged
 
 CROSS_ENTROPY = "Cross Entropy"
 """The name of the usual loss, as the published dashboards have it."""
+
+PERPLEXITY = "Perplexity"
+"""The name of its exponential, which only the hold-out has."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,18 @@ class EvaluationReport:
 def told_of(objective: str, loss: float, figures: dict[str, float]) -> dict[str, float]:
     """What to show beside a loss: its perplexity, if it is a cross entropy, and more."""
     if objective == CROSS_ENTROPY:
-        return {"Perplexity": math.exp(min(loss, 700.0)), **figures}
+        return {PERPLEXITY: math.exp(min(loss, 700.0)), **figures}
     return figures
 
 
 def key_of(name: str) -> str:
     """A figure's name in `metrics.jsonl`."""
     return name.lower().replace(" ", "_")
+
+
+def hold_out_key(name: str) -> str:
+    """The same of a figure of the hold-out; no step has a perplexity."""
+    return key_of(name) if name == PERPLEXITY else f"eval_{key_of(name)}"
 
 
 class Listener:
@@ -152,7 +159,7 @@ class RunLog(Listener):
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = self.directory / METRICS
-        kept = [line for number, line in rows(self.path) if number <= step]
+        kept = [line.text for line in logged(self.path) if line.step <= step]
         write_file(self.path, "".join(kept).encode())
         self.file: IO[str] = self.path.open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(self.directory), purge_step=step + 1)
@@ -198,12 +205,11 @@ class RunLog(Listener):
     def evaluated(self, report: EvaluationReport) -> None:
         """Log an evaluation."""
         told = report.told
-        prefix = "" if report.objective == CROSS_ENTROPY else "eval_"
-        figures = {f"{prefix}{key_of(name)}": value for name, value in told.items()}
+        figures = {hold_out_key(name): value for name, value in told.items()}
         self.write({"step": report.step, "eval_loss": report.loss, **figures})
         self.writer.add_scalar(f"Hold-out {report.objective}", report.loss, report.step)
         for name, value in told.items():
-            scalar = name if name == "Perplexity" else f"Hold-out {name}"
+            scalar = name if name == PERPLEXITY else f"Hold-out {name}"
             self.writer.add_scalar(scalar, value, report.step)
 
     def write(self, row: dict[str, float | None]) -> None:
@@ -220,25 +226,3 @@ class RunLog(Listener):
         """Close both."""
         self.file.close()
         self.writer.close()
-
-
-def rows(path: Path) -> list[tuple[int, str]]:
-    """The whole lines of a log, each with its step; a last one that was cut short is dropped.
-
-    Raises:
-        NopeError: A line is damaged; names it.
-    """
-    if not path.is_file():
-        return []
-    found = []
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                found.append((int(json.loads(line)["step"]), line))
-    except DAMAGE as error:
-        raise NopeError(
-            f"line {len(found) + 1} of this log is damaged ({type(error).__name__})",
-            where=str(path),
-            hint="move the file away; the checkpoints do not need it",
-        ) from None
-    return found

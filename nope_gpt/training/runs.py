@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -17,7 +16,6 @@ from filelock import FileLock, Timeout
 
 from nope_gpt import __version__
 from nope_gpt.artifacts import (
-    DAMAGE,
     is_leftover,
     read_manifest,
     verify,
@@ -29,7 +27,7 @@ from nope_gpt.config import TrainingConfig
 from nope_gpt.device import Ranks, draw_seed, resolve_device, reuse_freed_memory
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.history import STATE
-from nope_gpt.locating import HOLDER, LOCK, RUN, checkpoints_in, step_of
+from nope_gpt.locating import HOLDER, LOCK, RUN, checkpoints_in, read_run, step_of
 from nope_gpt.training import checkpoints, distribution
 from nope_gpt.training.watchdog import Watchdog
 
@@ -87,18 +85,13 @@ def stored_record(path: Path, command: str) -> dict[str, Any]:
         UsageError: It is of another command.
         NopeError: The file is damaged.
     """
-    file = path / RUN
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        record = read_run(path)
+    except MissingError:
         return {}
-    except DAMAGE as error:
-        raise NopeError(f"this run's settings cannot be read: {error}", where=str(file)) from None
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise NopeError("this run's settings are damaged", where=str(file))
-    if record.get("command") != command:
+    if record["command"] != command:
         raise UsageError(
-            f"this is a run of nope {record.get('command')}",
+            f"this is a run of nope {record['command']}",
             where=str(path),
             hint="choose another --run-name",
         )
@@ -125,7 +118,7 @@ def open_run(
         UsageError: The run exists and is not to be resumed, or its facts changed, or it is
             farther than the checkpoint to go on from or than its end.
     """
-    path, stored = check_run(config, facts, resume)
+    path, stored = check_run(config, facts, resume)  # Again, now that nobody else can open it.
     record = {
         "command": config.command,
         "version": __version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -87,6 +88,11 @@ class OnABase:
     dataset: Dataset
     batches: Batches
 
+    @cached_property
+    def base_sha256(self) -> str:
+        """Of the weights of the base."""
+        return hub.digest(self.base)
+
     @property
     def origin(self) -> dict[str, Any]:
         """What the model is made from."""
@@ -135,7 +141,7 @@ class Tuning(OnABase):
         if dataset.content != PREFERENCE:
             dataset.require(CHAT)
         config = config.changed(objective=objective_of(config, dataset))
-        refuse_other_tokenizer(tokenizer, dataset, base)
+        dataset.require_tokenizer(tokenizer.name, tokenizer.fingerprint, str(base))
         saved = saved_with_room(base, tokenizer, config)
         config = shared(fitted(config, saved.config, device, ranks))
         batches = make_batches(dataset, tokenizer, config)
@@ -147,7 +153,7 @@ class Tuning(OnABase):
         config = self.config
         adapter = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout}
         return {
-            "base model": hub.digest(self.base),
+            "base model": self.base_sha256,
             "tokenizer": self.dataset.tokenizer,
             "data set": self.dataset.fingerprint,
             "subsets": config.dataset_subset,
@@ -247,7 +253,7 @@ class Tuning(OnABase):
             alpha=config.alpha,
             dropout=config.dropout,
             base=str(config.model),
-            base_sha256=hub.digest(self.base),
+            base_sha256=self.base_sha256,
             makes_sha256=hub.digest(directory),
             vocabulary_size=self.saved.config.vocabulary_size,
         )
@@ -286,17 +292,6 @@ def objective_of(config: TuneConfig, dataset: Dataset) -> str:
             hint="leave --full out, or tune on the better answers: --objective sft",
         )
     return objective
-
-
-def refuse_other_tokenizer(tokenizer: BaseTokenizer, dataset: Dataset, base: Path) -> None:
-    """Refuse data that were encoded with another tokenizer than the model's."""
-    if tokenizer.fingerprint != dataset.tokenizer["fingerprint"]:
-        raise UsageError(
-            f"the model's tokenizer is {tokenizer.name}, and the data set's is "
-            f"{dataset.tokenizer['name']}",
-            where=f"{base} and {dataset.path}",
-            hint=f"prepare the data again: nope prepare FILE --token-encoding {base}",
-        )
 
 
 def make_batches(dataset: Dataset, tokenizer: ChatTokenizer, config: TuneConfig) -> ChatBatches:

@@ -7,10 +7,8 @@ another line; what is pasted never sends itself.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
@@ -21,19 +19,12 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from nope_gpt.cli.terminal import say
+from nope_gpt.places import state_directory
 
 FENCE = '"""'
 
 TWICE = 2.0
 """Seconds in which a second Ctrl-C at the prompt is told how to leave."""
-
-
-def state_directory() -> Path:
-    """Where this program keeps what lasts, by the customs of the system."""
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "nope-gpt"
-    chosen = os.environ.get("XDG_STATE_HOME")
-    return (Path(chosen) if chosen else Path.home() / ".local" / "state") / "nope-gpt"
 
 
 def history_of(wanted: bool) -> History:
