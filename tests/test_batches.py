@@ -517,6 +517,15 @@ def test_a_data_set_is_meant_by_its_name_or_its_directory(root: Path) -> None:
     assert find_dataset(root / "talk", None) == root / "talk"
 
 
+@pytest.mark.parametrize("named", ["prose", None])
+def test_a_data_set_that_is_named_has_the_tokens_it_has(root: Path, named: str | None) -> None:
+    """A subset or an encoding beside it would have no effect."""
+    place = root if named else root / "prose"
+    for fineweb in (("sample-10BT", None), (None, "cl100k_base")):
+        with pytest.raises(UsageError, match="choose among data sets of FineWeb, and one is named"):
+            find_dataset(place, named, fineweb=fineweb)
+
+
 def test_one_of_several_data_sets_must_be_named(root: Path) -> None:
     write(root / "more", [([text(1, 2)], [])])
     with pytest.raises(UsageError, match="several data sets: more, prose") as caught:

@@ -35,7 +35,7 @@ from nope_gpt.config import (
     SizeConfig,
     TuneConfig,
 )
-from nope_gpt.errors import MissingError
+from nope_gpt.errors import MissingError, UsageError
 from nope_gpt.knobs import Knobs, flag_of
 from nope_gpt.model import NoPEGPT
 from nope_gpt.streaming import Piece
@@ -636,6 +636,8 @@ def test_a_traceback_is_shown_where_one_was_asked_for(
     monkeypatch.setenv("NOPE_DEBUG", "1")
     with pytest.raises(MissingError, match="no data set"):
         main(["pretrain"])
+    with pytest.raises(UsageError, match="--resume-scheduler is gone"):
+        main(["pretrain", "--resume_scheduler"])
 
 
 def test_a_bug_is_not_dressed_as_a_mistake() -> None:

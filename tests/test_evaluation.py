@@ -32,7 +32,7 @@ from nope_gpt.evaluation.passkey import finds, found_by_depth, probe
 from nope_gpt.locating import locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.reach import plan_context, scale_attention, sharpen, sharpened
-from nope_gpt.sharpening import NONE, Sharpening
+from nope_gpt.sharpening import NONE, Growth, Sharpening
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.pretraining import pretrain
 
@@ -283,13 +283,17 @@ def test_integers_are_scaled_as_what_they_stand_for():
         torch.testing.assert_close(half(TEXT[None, :30]), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_weights_come_back_as_they_were():
+def test_weights_and_growth_come_back_as_they_were():
     model = small_model()
+    growth = Growth(0.3, 16)
+    model.decoder.set_growth(growth)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with sharpened(model, Sharpening(scale=1.3), 64):
         changed = [name for name, v in model.state_dict().items() if not v.equal(before[name])]
         assert all("q_proj" in name for name in changed)
         assert len(changed) == 2
+        assert model.decoder.growth is None
+    assert model.decoder.growth == growth
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 

@@ -407,6 +407,8 @@ def test_after_a_file_is_mended_the_units_of_the_others_are_not_made_again(
     with pytest.raises(NopeError, match="this line is not JSON") as caught:
         prepare(names, settings(root))
     assert caught.value.where == f"{torn}:2"
+    assert "files are encoded and kept in" in str(caught.value.hint)
+    assert "None" not in str(caught.value)
     kept = {path.name for path in (root / "corpus-bytes.partial" / "units").iterdir()}
     assert len(kept) > 5
     torn.write_text('{"text": "fine"}\n{"text": "mended"}\n')

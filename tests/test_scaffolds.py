@@ -34,6 +34,7 @@ from nope_gpt.evaluation.lengths import windowed_losses
 from nope_gpt.evaluation.network import OwnNetwork
 from nope_gpt.export.exporting import export
 from nope_gpt.export.gguf_readers import GgufReader
+from nope_gpt.history import logged
 from nope_gpt.model import NoPEGPT
 from nope_gpt.published_layout import TIED
 from nope_gpt.recall import Recall, before_each
@@ -106,6 +107,10 @@ def test_recall_leaves_an_ordinary_model_and_its_loss_is_not_in_the_reported_one
     assert told.losses[2] != plain.losses[2]
     again = [report.figures["Recall Loss"] for report in told.reports]
     assert all(0 < loss < 12 for loss in again)
+    rows = [line.row for line in logged(tmp_path / "with" / "pretrain" / "metrics.jsonl")]
+    assert [("recall_loss" in row, "eval_recall_loss" in row) for row in rows] == [
+        ("loss" in row, "eval_loss" in row) for row in rows
+    ]
     paths = [checkpoint(tmp_path / name, 6) for name in ("with", "without")]
     configs = [json.loads((path / "config.json").read_text()) for path in paths]
     assert configs[0] == configs[1]
