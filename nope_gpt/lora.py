@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nope_gpt.embedding import LastRowsEmbedding
+from nope_gpt.embedding import LastRowsEmbedding, TiedEmbedding
 from nope_gpt.errors import UsageError
 from nope_gpt.model import NoPEGPT
 
@@ -102,7 +102,7 @@ def adapt(
 
 def train_last_rows(model: NoPEGPT, count: int) -> None:
     """Train the last rows of the embedding, and so of the head, and none of the others."""
-    assert isinstance(model.token_embeddings, nn.Embedding)
+    assert isinstance(model.token_embeddings, TiedEmbedding)
     model.token_embeddings = LastRowsEmbedding(model.token_embeddings, count)
 
 

@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nope_gpt import generation, hub, initialization
 from nope_gpt.attention import Documents
@@ -24,7 +23,7 @@ from nope_gpt.caching import KVCache, Reader, Reading
 from nope_gpt.config import LOSS_CHUNK, ModelConfig, SamplingConfig
 from nope_gpt.cross_entropy import cross_entropies, summed_cross_entropy
 from nope_gpt.device import refuse_small_memory
-from nope_gpt.embedding import LastRowsEmbedding
+from nope_gpt.embedding import TiedEmbedding
 from nope_gpt.errors import UsageError
 from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
@@ -76,8 +75,8 @@ class NoPEGPT(nn.Module):
         self.first_token: int | None = None
         self.sharpenings: dict[int, Sharpening] = {}
         self.loss_chunk = LOSS_CHUNK
-        self.token_embeddings: nn.Embedding | Int8Embedding
-        self.token_embeddings = nn.Embedding(vocabulary_size, embedding_dimensions)
+        self.token_embeddings: TiedEmbedding | Int8Embedding
+        self.token_embeddings = TiedEmbedding(vocabulary_size, embedding_dimensions)
         self.decoder = Decoder(self.config)
         self.norm = nn.RMSNorm(embedding_dimensions, eps=NORM_EPSILON)
         self.recall: Recall | None = None
@@ -118,11 +117,7 @@ class NoPEGPT(nn.Module):
         hidden = self.decoder(hidden, documents=apart, seen=seen)
         if targets is None:
             return self.logits(hidden)
-        head, right = self.token_embeddings, targets.flatten()
-        if isinstance(head, Int8Embedding):
-            parts: tuple[Tensor, ...] = ((head.weight * head.scale[:, None]).to(head.dtype),)
-        else:
-            parts = head.parts if isinstance(head, LastRowsEmbedding) else (head.weight,)
+        parts, right = self.token_embeddings.parts, targets.flatten()
         # Nothing here holds on to the norm's output, which autocast may copy.
         if each:
             normed = self.norm(hidden).flatten(0, 1)
@@ -139,10 +134,7 @@ class NoPEGPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score every token of the vocabulary: [..., C] to [..., V]."""
-        hidden, head = self.norm(hidden), self.token_embeddings
-        if isinstance(head, Int8Embedding | LastRowsEmbedding):
-            return head.logits(hidden)
-        return F.linear(hidden, head.weight)
+        return self.token_embeddings.logits(self.norm(hidden))
 
     @torch.inference_mode()
     def predict(
@@ -298,7 +290,7 @@ class NoPEGPT(nn.Module):
                 for name, linear in list(part.named_children()):
                     if isinstance(linear, nn.Linear):
                         setattr(part, name, Int8Linear(linear))
-        if isinstance(self.token_embeddings, nn.Embedding):
+        if isinstance(self.token_embeddings, TiedEmbedding):
             self.token_embeddings = Int8Embedding(self.token_embeddings, dtype)
         for module in self.modules():
             if isinstance(module, nn.RMSNorm):
@@ -341,25 +333,11 @@ class NoPEGPT(nn.Module):
         """Train the token embedding, and so the head, that it is tied to."""
         self.token_embeddings.requires_grad_(True)
 
-    @torch.no_grad()
     def resize_token_embeddings(self, new_vocabulary_size: int) -> None:
-        """Change the number of tokens, keeping the rows of those that remain.
-
-        New rows are drawn around the mean of the old ones with their spread, so that new
-        tokens are neither likelier nor rarer than others before they are trained. The
-        weight keeps its dtype, device and whether it is trained.
-        """
-        old = self.token_embeddings.weight
+        """Change the number of tokens; see `TiedEmbedding.resized`."""
+        assert isinstance(self.token_embeddings, TiedEmbedding)
         self.config = self.config.changed(vocabulary_size=new_vocabulary_size)
-        new = old.new_empty(new_vocabulary_size, self.embedding_dimensions)
-        kept = min(new_vocabulary_size, old.size(0))
-        new[:kept] = old[:kept]
-        if new_vocabulary_size > kept:
-            noise = torch.randn_like(new[kept:])
-            new[kept:] = old.mean(dim=0) + old.std(dim=0) * noise
-        embeddings = nn.Embedding(new_vocabulary_size, self.embedding_dimensions, device="meta")
-        embeddings.weight = nn.Parameter(new, requires_grad=old.requires_grad)
-        self.token_embeddings = embeddings
+        self.token_embeddings = self.token_embeddings.resized(new_vocabulary_size)
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> Self:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from nope_gpt.caching import KVCache
+from nope_gpt.embedding import TiedEmbedding
 from nope_gpt.errors import NopeError
 from nope_gpt.places import cache_directory
 from nope_gpt.quantization import Int8Embedding, Int8Linear
@@ -227,7 +228,7 @@ def obstacle(model: Any) -> str | None:
     """Why a model cannot be decoded by the library, or None."""
     if model.device.type != "cpu":
         return "it is for CPUs"
-    kinds = {nn.Linear, nn.Embedding, Int8Linear, Int8Embedding}
+    kinds = {nn.Linear, TiedEmbedding, Int8Linear, Int8Embedding}
     holders = [m for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor)]
     matrices = [m for m in holders if m.weight.dim() == 2]
     if not {type(module) for module in matrices} <= kinds:

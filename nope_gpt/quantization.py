@@ -69,6 +69,11 @@ class Int8Embedding(nn.Module):
         rows = self.weight[tokens] * self.scale[tokens][..., None]
         return rows.to(self.dtype)
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The rows of the vocabulary as numbers [V, C]."""
+        return ((self.weight * self.scale[:, None]).to(self.dtype),)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., C] to [..., V]."""
         return F.linear(hidden, self.weight.to(hidden.dtype)) * self.scale.to(hidden.dtype)
