@@ -16,7 +16,7 @@ from torch import Tensor
 from train import arcee, seeded
 
 from nope_gpt.caching import KVCache
-from nope_gpt.export import gguf_layout
+from nope_gpt.export import gguf_files
 from nope_gpt.model import NoPEGPT
 
 LLAMA_CPP_ERROR = 4
@@ -249,6 +249,6 @@ def write_gguf(model: NoPEGPT, length: int, place: Path) -> None:
     for kind, name in ((GGMLQuantizationType.F16, "f16"), (GGMLQuantizationType.Q8_0, "Q8_0")):
         writer = GGUFWriter(place / f"{name}.gguf", "llama")
         writer.add_tokenizer_model("none")
-        gguf_layout.write_settings(writer, model.config, length + 256, dense=False)
-        gguf_layout.write_tensors(writer, model.saved(), kind, dense=False)
-        gguf_layout.finish(writer)
+        gguf_files.write_settings(writer, model.config, length + 256, dense=False)
+        gguf_files.write_tensors(writer, model.saved(), kind, dense=False)
+        gguf_files.finish(writer)

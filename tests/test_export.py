@@ -23,7 +23,7 @@ from torch import Tensor
 from nope_gpt import hub
 from nope_gpt.config import ExportConfig
 from nope_gpt.errors import CapacityError, NopeError, UsageError
-from nope_gpt.export import exporting, hub_layout, parity, transformers_layout
+from nope_gpt.export import exporting, hub_files, parity, transformers_files
 from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.exporting import export
 from nope_gpt.export.readers import OwnReader, TransformersReader
@@ -236,7 +236,7 @@ def both_tokenizers(name: str) -> tuple[ChatTokenizer, Any]:
         write_published(directory / "m", vocabulary_size=ours.vocabulary_size)
         ours.save(directory / "m")
         source = source_of(directory / "m")
-        transformers_layout.write_tokenizer(directory, source)
+        transformers_files.write_tokenizer(directory, source)
         TOKENIZERS[name] = ours, AutoTokenizer.from_pretrained(directory)
     return TOKENIZERS[name]
 
@@ -586,7 +586,7 @@ def test_without_the_library_our_own_reader_compares_and_says_so(
 def test_large_weights_are_spread_over_files_that_both_libraries_read(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (hub_layout, transformers_layout):
+    for module in (hub_files, transformers_files):
         monkeypatch.setattr(module, "LARGEST_FILE", 60_000)
     for format in ("hub", "transformers"):
         place = exported(model, format, tmp_path / format)

@@ -20,7 +20,7 @@ from test_export import CORPUS, ENCODINGS, SPECIAL, both_tokenizers, exported, s
 
 from nope_gpt.config import ExportConfig
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.export import exporting, gguf_layout, parity
+from nope_gpt.export import exporting, gguf_files, parity
 from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.exporting import export
 from nope_gpt.export.gguf_readers import GgufReader, LlamaCppReader
@@ -319,7 +319,7 @@ def test_ten_thousand_texts_have_the_same_tokens_in_llama_cpp(name: str, tmp_pat
     model = sharp(tmp_path / "model", vocabulary_size=ours.vocabulary_size, num_decoder_layers=1)
     ours.save(model)
     path = tmp_path / "x.gguf"
-    gguf_layout.write_gguf(path, source_of(model), "f32", dense=False)
+    gguf_files.write_gguf(path, source_of(model), "f32", dense=False)
     reader = LlamaCppReader(path, "f32")
     for text in [*parity.texts(10_000, seed=1), "<tool_call>", "<|im_end|>", "<|endoftext|>"]:
         tokens = reader.tokenize(text)

@@ -25,7 +25,7 @@ from nope_gpt.artifacts import (
 from nope_gpt.config import ExportConfig
 from nope_gpt.errors import NetworkError, NopeError, UsageError, first_line
 from nope_gpt.evaluation import record
-from nope_gpt.export import card, gguf_layout, hub_layout, parity, transformers_layout
+from nope_gpt.export import card, gguf_files, hub_files, parity, transformers_files
 from nope_gpt.export.gguf_readers import GgufReader, LlamaCppReader
 from nope_gpt.export.parity import Report
 from nope_gpt.export.readers import OwnReader, Reader, TransformersReader
@@ -118,7 +118,7 @@ def refuse_impossible(source: Source, config: ExportConfig) -> None:
         raise UsageError(
             "the weights are float64, which other programs do not read", hint="--dtype float32"
         )
-    gguf_layout.refuse_impossible(config, source)
+    gguf_files.refuse_impossible(config, source)
 
 
 def places_of(source: Source, config: ExportConfig) -> dict[str, Path]:
@@ -196,13 +196,13 @@ Readers = list[Callable[[], Reader]]
 
 def write_hub(directory: Path, source: Source, _: ExportConfig) -> Readers:
     """The published layout."""
-    hub_layout.write(directory, source)
+    hub_files.write(directory, source)
     return [partial(OwnReader.of, directory)]
 
 
 def write_transformers(layout: str, directory: Path, source: Source, _: ExportConfig) -> Readers:
     """A layout of transformers."""
-    transformers_layout.write(directory, source, layout)
+    transformers_files.write(directory, source, layout)
     is_there = TransformersReader.is_there()
     return [partial(TransformersReader if is_there else OwnReader.of, directory)]
 
@@ -210,7 +210,7 @@ def write_transformers(layout: str, directory: Path, source: Source, _: ExportCo
 def write_gguf(directory: Path, source: Source, config: ExportConfig) -> Readers:
     """GGUF files; each is compared tensor by tensor too, as llama.cpp rounds what it computes."""
     readers: Readers = []
-    for path, kind in gguf_layout.write(directory, source, config):
+    for path, kind in gguf_files.write(directory, source, config):
         readers.append(partial(GgufReader, path, kind))
         if LlamaCppReader.is_there():
             readers.append(partial(LlamaCppReader, path, kind))
@@ -229,7 +229,7 @@ def size_of(name: str, source: Source, config: ExportConfig) -> int:
     """Bytes that a format takes, nearly."""
     size = sum(weight.nbytes for weight in source.saved.state.values())
     if name == "gguf":
-        return gguf_layout.size_of(size, source, config)
+        return gguf_files.size_of(size, source, config)
     shape = source.saved.config
     more = shape.num_decoder_layers * shape.embedding_dimensions * shape.hidden_dimensions
     return size + (more * source.dtype.itemsize if name == "llama" else 0)

@@ -17,7 +17,7 @@ from nope_gpt import __version__, encodings
 from nope_gpt.byte_pairs import SPLITS, merges, spelled, told_apart
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NopeError
-from nope_gpt.export.gguf_layout import ROUTER, names
+from nope_gpt.export.gguf_files import ROUTER, names
 from nope_gpt.export.readers import EXACT, OwnReader, Tolerance
 from nope_gpt.hub import SavedModel
 from nope_gpt.memory import Message

@@ -27,13 +27,13 @@ from nope_gpt.model import NoPEGPT
 from nope_gpt.signals import StopRequest, exit_code_of
 from nope_gpt.training import checkpoints, distribution, state
 from nope_gpt.training.checkpoints import Progress, Saver, Snapshot, Tensors
+from nope_gpt.training.continuing import Sampler
 from nope_gpt.training.guards import MOST_REWINDS, Verdict, judge
 from nope_gpt.training.learner import Learner
 from nope_gpt.training.objectives import CrossEntropy, Objective, Outcome, held_out
 from nope_gpt.training.prefetching import Prefetcher
 from nope_gpt.training.reporting import EvaluationReport, Listener, StepReport
 from nope_gpt.training.runs import Launch, Run
-from nope_gpt.training.sampling import Sampler
 from nope_gpt.training.schedules import rate_fraction, sample_length
 
 

@@ -22,6 +22,7 @@ from nope_gpt.sizing.memory import training_memory
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.checkpoints import read_tensors
 from nope_gpt.training.compilation import compile_blocks
+from nope_gpt.training.continuing import Sampler
 from nope_gpt.training.distribution import refuse_impossible, shared
 from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
@@ -35,7 +36,6 @@ from nope_gpt.training.planning import (
 )
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import Resume, begun, launched
-from nope_gpt.training.sampling import Sampler
 
 
 def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: Resume = False) -> Path:

@@ -11,7 +11,7 @@ from nope_gpt.byte_pairs import tokenizer_json
 from nope_gpt.config import ChatConfig, GenerateConfig
 from nope_gpt.encodings import END_OF_TEXT
 from nope_gpt.export.chat_template import jinja
-from nope_gpt.export.hub_layout import LARGEST_FILE
+from nope_gpt.export.hub_files import LARGEST_FILE
 from nope_gpt.export.source import Source
 from nope_gpt.locating import CONFIG, TOKENIZER
 
