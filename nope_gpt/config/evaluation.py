@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from nope_gpt.config.opening import ModelChoice
+from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import DATA, EVALUATION, RUN
 from nope_gpt.config.training import TrainingConfig
 from nope_gpt.errors import UsageError

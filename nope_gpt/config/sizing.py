@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from nope_gpt.config.generating import GenerateConfig
 from nope_gpt.config.panels import MODEL, OPTIMIZATION, PLANNING, RANKS, RUN
 from nope_gpt.config.pretraining import PretrainConfig
-from nope_gpt.config.sampling import GenerateConfig
 from nope_gpt.config.shape import ModelConfig
 from nope_gpt.config.tuning import TuneConfig
 from nope_gpt.knobs import knob, like

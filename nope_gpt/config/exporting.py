@@ -1,11 +1,11 @@
-"""The knobs of `export` and `quickstart`."""
+"""The knobs of `export`."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 
-from nope_gpt.config.panels import MODEL, OPTIMIZATION, RUN
+from nope_gpt.config.panels import MODEL, RUN
 from nope_gpt.errors import UsageError
 from nope_gpt.knobs import Knobs, knob
 
@@ -104,17 +104,3 @@ class ExportConfig(Knobs):
         """Each quantization once."""
         parts = (part.strip().lower() for part in (self.quantize or "").split(","))
         return list(dict.fromkeys(part for part in parts if part))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuickstartConfig(Knobs):
-    """The whole family in a row."""
-
-    directory: str = knob("./quickstart", "Where everything goes.", panel=RUN)
-    pretrain_steps: int = knob(
-        700, "Updates of the base model's weights.", panel=OPTIMIZATION, minimum=1
-    )
-    tune_steps: int = knob(
-        250, "Updates of the assistant's adapters.", panel=OPTIMIZATION, minimum=1
-    )
-    seed: int = knob(0, "Seed of every random choice.", panel=RUN, minimum=0, maximum=(1 << 63) - 1)

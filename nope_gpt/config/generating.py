@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 
-from nope_gpt.config.opening import ModelChoice
+from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import MODEL, RUN, SAMPLING
 from nope_gpt.errors import UsageError
 from nope_gpt.knobs import knob
