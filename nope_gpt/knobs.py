@@ -81,11 +81,28 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def like(owner: type[Knobs], name: str, default: Any = dataclasses.MISSING) -> Any:
-    """Declare a setting that another group of settings declares, perhaps with another default."""
+def like(
+    owner: type[Knobs],
+    name: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str | None = None,
+    panel: str | None = None,
+    shown_default: str | None = None,
+) -> Any:
+    """Declare a setting that another group of settings declares, with what is different here.
+
+    What is shown as the default belongs to the default, and is not taken over by another one.
+    """
     field = owner.__dataclass_fields__[name]
-    default = field.default if default is dataclasses.MISSING else default
-    return dataclasses.field(default=default, metadata=field.metadata)
+    metadata = dict(field.metadata)
+    if default is dataclasses.MISSING:
+        default = field.default
+    else:
+        metadata["shown_default"] = None
+    changes = {"help": help, "panel": panel, "shown_default": shown_default}
+    metadata |= {key: value for key, value in changes.items() if value is not None}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 TEXTS = tuple[str, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import io
@@ -9,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from reference import SETTINGS, forward, published_tensors, write_published
 from safetensors.torch import save_file
 from small import RECIPE
 
+import nope_gpt.config
 from nope_gpt.cli import main
 from nope_gpt.cli.options import configured, normalize
 from nope_gpt.cli.writing import write_stream
@@ -335,6 +338,19 @@ def test_help_shows_every_knob_once_and_by_one_name(
     assert len(flags) == len(set(flags))
     assert knobs <= set(flags) <= knobs | own
     assert not [flag for flag in flags if "_" in flag]
+
+
+def test_no_knob_is_written_twice() -> None:
+    package = Path(str(nope_gpt.config.__file__)).parent
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.glob("*.py")]
+    fields = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    knobs = Counter(
+        (ast.unparse(field.target), ast.unparse(field.value.args[1]))
+        for field in fields
+        if isinstance(field.value, ast.Call) and ast.unparse(field.value.func) == "knob"
+    )
+    assert len(knobs) > 100
+    assert [knob for knob, count in knobs.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("command", CONFIGS)

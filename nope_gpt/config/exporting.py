@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import MODEL, RUN
 from nope_gpt.errors import UsageError
-from nope_gpt.knobs import Knobs, knob
+from nope_gpt.knobs import Knobs, knob, like
 
 FORMATS = ("hub", "transformers", "llama", "gguf")
 """What `nope export` writes."""
@@ -35,12 +36,7 @@ class ExportConfig(Knobs):
         "gguf: for llama.cpp, Ollama and LM Studio. Several, with commas, make a directory each.",
         panel=RUN,
     )
-    adapter: tuple[str, ...] = knob(
-        (),
-        "Adapter to fold into the model: a run of `nope tune`, or a checkpoint of one; may be "
-        "given again, the older one first.",
-        panel=MODEL,
-    )
+    adapter: tuple[str, ...] = like(ModelChoice, "adapter")
     dtype: str = knob(
         "auto",
         "What the weights are written in; auto as they are.",

@@ -8,8 +8,9 @@ import math
 
 from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import MODEL, RUN, SAMPLING
+from nope_gpt.config.training import TrainingConfig
 from nope_gpt.errors import UsageError
-from nope_gpt.knobs import knob
+from nope_gpt.knobs import knob, like
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,13 +87,8 @@ class SamplingConfig(ModelChoice):
         panel=RUN,
         choices=("auto", "on", "off"),
     )
-    seed: int | None = knob(
-        None,
-        "Seed of the draws.",
-        panel=RUN,
-        minimum=0,
-        maximum=(1 << 63) - 1,
-        shown_default="drawn",
+    seed: int | None = like(
+        TrainingConfig, "seed", help="Seed of the draws.", shown_default="drawn"
     )
 
     def __post_init__(self) -> None:
@@ -164,12 +160,7 @@ class GenerateConfig(SamplingConfig):
 class ChatConfig(SamplingConfig):
     """A conversation in the terminal."""
 
-    temperature: float = knob(
-        0.7,
-        "Spread of the distribution; 0 always takes the likeliest token.",
-        panel=SAMPLING,
-        minimum=0.0,
-    )
+    temperature: float = like(SamplingConfig, "temperature", 0.7)
     max_message_history: int = knob(
         4, "Messages of the conversation that the model sees.", panel=SAMPLING, minimum=1
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from nope_gpt.config.panels import OPTIMIZATION, RUN
-from nope_gpt.knobs import Knobs, knob
+from nope_gpt.config.training import TrainingConfig
+from nope_gpt.knobs import Knobs, knob, like
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,4 +20,4 @@ class QuickstartConfig(Knobs):
     tune_steps: int = knob(
         250, "Updates of the assistant's adapters.", panel=OPTIMIZATION, minimum=1
     )
-    seed: int = knob(0, "Seed of every random choice.", panel=RUN, minimum=0, maximum=(1 << 63) - 1)
+    seed: int = like(TrainingConfig, "seed", 0)

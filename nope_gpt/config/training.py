@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import DATA, EVALUATION, OPTIMIZATION, RANKS, RUN
-from nope_gpt.knobs import Knobs, knob
+from nope_gpt.knobs import Knobs, knob, like
 
 LEARNING_RATES = {"muon": 2e-2, "adamw": 1e-3, "adafactor": 1e-2}
 
 LOSS_CHUNK = 1024
 """Tokens whose scores exist at a time: enough for products at full speed."""
-
-OPTIMIZER_HELP = (
-    "muon for the matrices, adamw for the rest; adamw; or adafactor, with hardly any memory."
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +47,7 @@ class TrainingConfig(Knobs):
     )
     optimizer: str = knob(
         "muon",
-        OPTIMIZER_HELP,
+        "muon for the matrices, adamw for the rest; adamw; or adafactor, with hardly any memory.",
         panel=OPTIMIZATION,
         choices=tuple(LEARNING_RATES),
     )
@@ -153,7 +150,7 @@ class TrainingConfig(Knobs):
     )
     run_dir_path: str = knob("./runs", "Root directory of the runs.", panel=RUN)
     run_name: str = knob("pretrain", "Name of the run in the root.", panel=RUN)
-    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps.", panel=RUN)
+    device: str = like(ModelChoice, "device")
     precision: str = knob(
         "auto",
         "float32, or bfloat16 autocast; auto takes bfloat16 where the hardware has it.",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from nope_gpt.config.panels import DATA, EVALUATION, LORA, MODEL, OPTIMIZATION, RUN
-from nope_gpt.config.training import LEARNING_RATES, OPTIMIZER_HELP, TrainingConfig
-from nope_gpt.knobs import knob
+from nope_gpt.config.panels import DATA, EVALUATION, LORA, MODEL, OPTIMIZATION
+from nope_gpt.config.preparing import PrepareConfig
+from nope_gpt.config.training import LEARNING_RATES, TrainingConfig
+from nope_gpt.knobs import knob, like
 
 EXTENSION: dict[str, Any] = {
     "batch_size": 1,
@@ -39,15 +40,8 @@ class TuneConfig(TrainingConfig):
         "NAME:0.5 for half of one, NAME@1000 for at most so many conversations.",
         panel=DATA,
     )
-    max_tokens_per_sample: int = knob(
-        4096,
-        "Tokens of a conversation, at most; a longer one loses its last turns.",
-        panel=DATA,
-        minimum=2,
-    )
-    filter_long_samples: bool = knob(
-        False, "Leave longer conversations out instead of cutting them.", panel=DATA
-    )
+    max_tokens_per_sample: int = like(PrepareConfig, "max_tokens_per_sample", 4096, panel=DATA)
+    filter_long_samples: bool = like(PrepareConfig, "filter_long_samples", panel=DATA)
     num_dataset_processes: int = knob(
         8,
         "Accepted for old command lines: prepared data needs no processing.",
@@ -70,20 +64,11 @@ class TuneConfig(TrainingConfig):
         "tokens of a batch; otherwise pad them to the longest.",
         panel=DATA,
     )
-    gradient_accumulation_steps: int = knob(
-        64,
-        "Batches for each update of the weights, over all ranks.",
-        panel=OPTIMIZATION,
-        minimum=1,
-    )
-    optimizer: str = knob(
-        "adamw", OPTIMIZER_HELP, panel=OPTIMIZATION, choices=tuple(LEARNING_RATES)
-    )
-    learning_rate: float | None = knob(
-        None,
-        "Peak learning rate.",
-        panel=OPTIMIZATION,
-        above=0.0,
+    gradient_accumulation_steps: int = like(TrainingConfig, "gradient_accumulation_steps", 64)
+    optimizer: str = like(TrainingConfig, "optimizer", "adamw")
+    learning_rate: float | None = like(
+        TrainingConfig,
+        "learning_rate",
         shown_default="muon 2e-2, adamw 1e-3, adafactor 1e-2; a tenth with --full; a tenth with "
         "dpo",
     )
@@ -95,12 +80,8 @@ class TuneConfig(TrainingConfig):
         minimum=1,
         shown_default="all passes",
     )
-    weight_decay: float = knob(
-        0.0, "Decoupled weight decay of the matrices.", panel=OPTIMIZATION, minimum=0.0
-    )
-    max_gradient_norm: float = knob(
-        1.0, "Clip the global gradient norm above this.", panel=OPTIMIZATION, above=0.0
-    )
+    weight_decay: float = like(TrainingConfig, "weight_decay", 0.0)
+    max_gradient_norm: float = like(TrainingConfig, "max_gradient_norm", 1.0)
     rank: int = knob(
         8, "Rank of the decomposition matrices.", panel=LORA, minimum=1, maximum=1 << 16
     )
@@ -143,7 +124,7 @@ class TuneConfig(TrainingConfig):
     checkpoint_interval: int = knob(
         1, "Save a checkpoint every this many epochs.", panel=EVALUATION, minimum=1
     )
-    run_name: str = knob("tune", "Name of the run in the root.", panel=RUN)
+    run_name: str = like(TrainingConfig, "run_name", "tune")
 
     @property
     def default_learning_rate(self) -> float:
