@@ -13,6 +13,9 @@ from nope_gpt.knobs import Knobs, knob, like
 FORMATS = ("hub", "transformers", "llama", "gguf")
 """What `nope export` writes."""
 
+UNKNOWN_CONTEXT = 8192
+"""Tokens that programs may plan for where nothing is recorded; what the published models have."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig(Knobs):
@@ -60,7 +63,7 @@ class ExportConfig(Knobs):
         None,
         "Tokens that other programs may plan for.",
         panel=MODEL,
-        shown_default="what it was trained on, or 8192",
+        shown_default=f"what it was trained on, or {UNKNOWN_CONTEXT}",
         minimum=1,
     )
     license: str | None = knob(

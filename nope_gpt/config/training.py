@@ -11,6 +11,8 @@ from nope_gpt.knobs import Knobs, knob, like
 
 LEARNING_RATES = {"muon": 2e-2, "adamw": 1e-3, "adafactor": 1e-2}
 
+SHOWN_RATES = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
+
 LOSS_CHUNK = 1024
 """Tokens whose scores exist at a time: enough for products at full speed."""
 
@@ -56,7 +58,7 @@ class TrainingConfig(Knobs):
         "Peak learning rate.",
         panel=OPTIMIZATION,
         above=0.0,
-        shown_default="muon 2e-2, adamw 1e-3, adafactor 1e-2",
+        shown_default=SHOWN_RATES,
     )
     schedule: str = knob(
         "linear",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from nope_gpt.config.panels import DATA, EVALUATION, LORA, MODEL, OPTIMIZATION
 from nope_gpt.config.preparing import PrepareConfig
-from nope_gpt.config.training import LEARNING_RATES, TrainingConfig
+from nope_gpt.config.training import LEARNING_RATES, SHOWN_RATES, TrainingConfig
 from nope_gpt.knobs import knob, like
 
 EXTENSION: dict[str, Any] = {
@@ -20,6 +20,9 @@ EXTENSION: dict[str, Any] = {
     "run_name": "extend",
 }
 """What --extend implies (Wang et al. 2024, appendix A)."""
+
+EXTENSION_INTERVAL = 50
+"""Steps between its evaluations, and between its checkpoints."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,10 @@ class TuneConfig(TrainingConfig):
         None,
         "Instead of answers, teach the model to reach so many times as far: one scale for each "
         "head of attention is learned on a data set of text, and folded into its weights. Unless "
-        "told otherwise in 200 steps of 8 samples, at a rate of 5e-2; evaluations and checkpoints "
-        "come every 50. What concerns conversations and adapters plays no part.",
+        f"told otherwise in {EXTENSION['max_steps']} steps of "
+        f"{EXTENSION['batch_size'] * EXTENSION['gradient_accumulation_steps']} samples, at a rate "
+        f"of {EXTENSION['learning_rate']:g}; evaluations and checkpoints come every "
+        f"{EXTENSION_INTERVAL}. What concerns conversations and adapters plays no part.",
         panel=DATA,
         choices=("2x", "4x"),
         shown_default="no",
@@ -69,8 +74,7 @@ class TuneConfig(TrainingConfig):
     learning_rate: float | None = like(
         TrainingConfig,
         "learning_rate",
-        shown_default="muon 2e-2, adamw 1e-3, adafactor 1e-2; a tenth with --full; a tenth with "
-        "dpo",
+        shown_default=f"{SHOWN_RATES}; a tenth with --full; a tenth with dpo",
     )
     num_epochs: int = knob(2, "Passes over the data.", panel=OPTIMIZATION, minimum=1)
     max_steps: int | None = knob(
@@ -96,7 +100,7 @@ class TuneConfig(TrainingConfig):
     )
     embeddings: str = knob(
         "new",
-        "Rows of the embedding, and so of the head, to train: new ones, those of the four control "
+        "Rows of the embedding, and so of the head, to train: new ones, those of the control "
         "tokens; all; or none.",
         panel=LORA,
         choices=("new", "all", "none"),
