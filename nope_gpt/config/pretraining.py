@@ -14,6 +14,10 @@ from nope_gpt.knobs import knob
 
 LENGTH_GROWTH = 0.8
 
+RECALLED_FROM = 2
+"""Number of the block whose result recall asks, counted from 0: the first ones find out where a
+token stands, the next can look for its neighbour."""
+
 SHORTEST_PIECE = 16
 """Tokens that a growing sample begins with, at least."""
 

@@ -16,6 +16,15 @@ SHOWN_RATES = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.item
 LOSS_CHUNK = 1024
 """Tokens whose scores exist at a time: enough for products at full speed."""
 
+LOSS_ROWS = 8192
+"""Of the vocabulary, whose gradients are added at a time: enough for products at full speed."""
+
+CACHED_BYTES = {"cpu": 4 << 20}
+"""Of scores in float32 that a CPU takes at a time, so that its cache holds them throughout."""
+
+DEFAULT_SHARDING = 2
+"""Level of several ranks: they share the optimizer."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Knobs):
@@ -172,7 +181,7 @@ class TrainingConfig(Knobs):
         "optimizer, 3 the weights and gradients too (FSDP2).",
         panel=RANKS,
         choices=(0, 2, 3),
-        shown_default="2 with more than one rank",
+        shown_default=f"{DEFAULT_SHARDING} with more than one rank",
     )
     hybrid_sharding: bool = knob(
         False, "Shard within each node, and replicate across nodes.", panel=RANKS
@@ -191,6 +200,12 @@ class TrainingConfig(Knobs):
         maximum=(1 << 63) - 1,
         shown_default="drawn and recorded",
     )
+
+    @property
+    def sharding(self) -> int:
+        """What several ranks share: 0 nothing, 2 the optimizer, 3 the weights and gradients too."""
+        level = self.ddp_sharding_level
+        return DEFAULT_SHARDING if level is None else level
 
     @property
     def peak_learning_rate(self) -> float:

@@ -10,6 +10,9 @@ from nope_gpt.config.preparing import PrepareConfig
 from nope_gpt.config.training import LEARNING_RATES, SHOWN_RATES, TrainingConfig
 from nope_gpt.knobs import knob, like
 
+CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+"""What tuning adds to a vocabulary, in this order."""
+
 EXTENSION: dict[str, Any] = {
     "batch_size": 1,
     "gradient_accumulation_steps": 8,

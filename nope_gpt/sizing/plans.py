@@ -16,6 +16,7 @@ import shlex
 from collections.abc import Iterator
 
 from nope_gpt.config import (
+    LOSS_CHUNK,
     MODEL,
     SHAPE_400M,
     ModelConfig,
@@ -47,7 +48,7 @@ TOKENS_PER_STEP = 1 << 20
 FEWEST_STEPS = 2000
 """Of a run: smaller models, which see fewer tokens, take fewer of them in each step."""
 
-LOSS_CHUNKS = (1024, 256, 64)
+LOSS_CHUNKS = (LOSS_CHUNK, 256, 64)
 """To try: small ones cost a little speed."""
 
 SHORTEST_SAMPLE = 64
