@@ -7,7 +7,7 @@ a field is also a key of config.json, and the knob names its flag.
 
 from nope_gpt.config.evaluation import EvaluateConfig
 from nope_gpt.config.exporting import UNKNOWN_CONTEXT, ExportConfig
-from nope_gpt.config.generating import ChatConfig, GenerateConfig, SamplingConfig
+from nope_gpt.config.generating import ChatConfig, GenerateConfig, SamplingConfig, WritingConfig
 from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import MODEL
 from nope_gpt.config.preparing import ENCODINGS, PrepareConfig
@@ -49,4 +49,5 @@ __all__ = [
     "TrainingConfig",
     "TuneConfig",
     "Workload",
+    "WritingConfig",
 ]
