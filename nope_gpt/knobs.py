@@ -128,13 +128,31 @@ _annotations = functools.cache(typing.get_type_hints)
 """The types of a class's fields; to evaluate them takes time."""
 
 
+@dataclasses.dataclass(frozen=True)
+class WithoutEffect:
+    """A setting of the old scripts that changes nothing here.
+
+    Attributes:
+        kind: Its type.
+        reason: Why it changes nothing.
+    """
+
+    kind: type
+    reason: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knobs:
     """A group of settings that checks itself.
 
+    Attributes:
+        without_effect: Settings that are accepted by these names, and not kept.
+
     Raises:
         UsageError: A value has the wrong type or lies outside its limits; names the flag.
     """
+
+    without_effect: typing.ClassVar[Mapping[str, WithoutEffect]] = {}
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -174,7 +192,10 @@ T = TypeVar("T", bound=Knobs)
 
 
 def known_fields(config_type: type[T], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Map flag or field names of a file or preset to fields, refusing unknown ones."""
+    """Map flag or field names of a file or preset to fields, refusing unknown ones.
+
+    Settings without effect are left out.
+    """
     names: dict[str, str] = {}
     for field in dataclasses.fields(config_type):
         names[field.name] = field.name
@@ -182,6 +203,8 @@ def known_fields(config_type: type[T], values: Mapping[str, Any], where: str) ->
     result = {}
     for name, value in values.items():
         key = name.replace("-", "_")
+        if key in config_type.without_effect:
+            continue
         if key not in names:
             raise UsageError(
                 f"unknown setting {name!r}",

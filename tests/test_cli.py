@@ -69,7 +69,6 @@ PRETRAIN: dict[str, tuple[Any, Any]] = {
     "tokens_per_sample": (4096, 3),
     "max_steps": (10000, 3),
     "learning_rate": (ELSEWHERE, 0.25),
-    "low_memory_optimizer": (False, True),
     "max_gradient_norm": (10.0, 0.25),
     "embedding_dimensions": (1024, 2048),
     "num_q_heads": (16, 8),
@@ -93,11 +92,9 @@ TUNE: dict[str, tuple[Any, Any]] = {
     "dataset_subset": ("all", "one,two"),
     "max_tokens_per_sample": (4096, 3),
     "filter_long_samples": (False, True),
-    "num_dataset_processes": (8, 3),
     "batch_size": (2, 3),
     "gradient_accumulation_steps": (64, 3),
     "learning_rate": (ELSEWHERE, 0.25),
-    "low_memory_optimizer": (False, True),
     "max_gradient_norm": (1.0, 0.25),
     "rank": (8, 3),
     "alpha": (1.0, 0.25),
@@ -127,6 +124,13 @@ GENERATE: dict[str, tuple[Any, Any]] = {
 }
 
 CHAT = GENERATE | {"temperature": (0.7, 0.25), "max_message_history": (4, 3)}
+
+WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
+    "pretrain": {"low_memory_optimizer": True},
+    "tune": {"low_memory_optimizer": True, "num_dataset_processes": 3},
+    "generate": {},
+    "chat": {},
+}
 
 SEED = {"pretrain": PRETRAIN, "tune": TUNE, "generate": GENERATE, "chat": CHAT}
 
@@ -217,12 +221,16 @@ def test_a_command_line_of_all_the_seeds_flags_is_understood(
 ) -> None:
     table = SEED[command].items()
     words = [word for name, (_, value) in table for word in spellings(name, value)[spelling]]
+    for name, value in WITHOUT_EFFECT[command].items():
+        words += spellings(name, value)[spelling]
     if command in ("pretrain", "tune"):
         words.append("--resume")
     done = call(command, *words)
     # Every flag was taken, and the command went on to miss its data or its model.
     assert done.returncode == 3, done.stderr
     assert re.search("there is no (data set|such model)", done.stderr)
+    for name in WITHOUT_EFFECT[command]:
+        assert f"note: --{name.replace('_', '-')} changes nothing: " in done.stderr
 
 
 @pytest.mark.parametrize("command", SEED)
@@ -257,6 +265,21 @@ def test_a_fineweb_subset_and_encoding_name_their_data_set(
     words: list[str], name: str, call: Call
 ) -> None:
     assert f"there is no data set '{name}'" in call("pretrain", *words).stderr
+
+
+@pytest.mark.parametrize("command", ["pretrain", "tune"])
+def test_what_changes_nothing_is_taken_and_neither_shown_nor_kept(
+    command: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, config = help_of(call, command, monkeypatch), settled(command)
+    for name, value in WITHOUT_EFFECT[command].items():
+        for words in spellings(name, value):
+            assert settled(command, *words) == config
+        for spelling in (name, name.replace("_", "-")):
+            (tmp_path / "a.toml").write_text(f"{spelling} = {json.dumps(value)}\n")
+            assert settled(command, "--config", tmp_path / "a.toml") == config
+        assert f"--{name.replace('_', '-')}" not in shown
+        assert name not in config.as_dict()
 
 
 # Historical spellings
@@ -412,9 +435,9 @@ def test_a_flag_given_its_default_still_beats_a_preset() -> None:
 
 def test_a_file_may_name_a_knob_as_the_flag_or_as_the_published_key(tmp_path: Path) -> None:
     for name in ("num_hidden_layers", "num-hidden-layers", "num_decoder_layers"):
-        (tmp_path / "a.toml").write_text(f"{name} = 3\nlow_memory_optimizer = true\n")
+        (tmp_path / "a.toml").write_text(f"{name} = 3\nactivation_checkpointing = true\n")
         config = settled("pretrain", "--config", tmp_path / "a.toml")
-        assert (config.num_decoder_layers, config.low_memory_optimizer) == (3, True)
+        assert (config.num_decoder_layers, config.activation_checkpointing) == (3, True)
 
 
 def test_a_files_whole_number_will_do_for_a_fraction(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import DATA, EVALUATION, OPTIMIZATION, RANKS, RUN
-from nope_gpt.knobs import Knobs, knob, like
+from nope_gpt.knobs import Knobs, WithoutEffect, knob, like
 
 LEARNING_RATES = {"muon": 2e-2, "adamw": 1e-3, "adafactor": 1e-2}
 
@@ -31,6 +32,9 @@ class TrainingConfig(Knobs):
     """What pretraining and tuning share: one loop, one set of knobs."""
 
     command: ClassVar[str]
+    without_effect: ClassVar[Mapping[str, WithoutEffect]] = {
+        "low_memory_optimizer": WithoutEffect(bool, "every optimizer updates one tensor at a time")
+    }
 
     dataset_path: str = knob(
         "./datasets", "Root directory of the data sets, or one data set's directory.", panel=DATA
@@ -92,11 +96,6 @@ class TrainingConfig(Knobs):
     )
     weight_decay: float = knob(
         0.1, "Decoupled weight decay of the matrices.", panel=OPTIMIZATION, minimum=0.0
-    )
-    low_memory_optimizer: bool = knob(
-        False,
-        "Accepted for old command lines: every optimizer updates one tensor at a time.",
-        panel=OPTIMIZATION,
     )
     max_gradient_norm: float = knob(
         10.0, "Clip the global gradient norm above this.", panel=OPTIMIZATION, above=0.0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from nope_gpt.config.panels import DATA, EVALUATION, LORA, MODEL, OPTIMIZATION
 from nope_gpt.config.preparing import PrepareConfig
 from nope_gpt.config.training import LEARNING_RATES, SHOWN_RATES, TrainingConfig
-from nope_gpt.knobs import knob, like
+from nope_gpt.knobs import WithoutEffect, knob, like
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
 """What tuning adds to a vocabulary, in this order."""
@@ -33,6 +34,10 @@ class TuneConfig(TrainingConfig):
     """Conversations to an assistant."""
 
     command: ClassVar[str] = "tune"
+    without_effect: ClassVar[Mapping[str, WithoutEffect]] = {
+        **TrainingConfig.without_effect,
+        "num_dataset_processes": WithoutEffect(int, "prepared data needs no processing"),
+    }
 
     model: str | None = knob(
         None,
@@ -48,12 +53,6 @@ class TuneConfig(TrainingConfig):
     )
     max_tokens_per_sample: int = like(PrepareConfig, "max_tokens_per_sample", 4096, panel=DATA)
     filter_long_samples: bool = like(PrepareConfig, "filter_long_samples", panel=DATA)
-    num_dataset_processes: int = knob(
-        8,
-        "Accepted for old command lines: prepared data needs no processing.",
-        panel=DATA,
-        minimum=1,
-    )
     extend: str | None = knob(
         None,
         "Instead of answers, teach the model to reach so many times as far: one scale for each "
