@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from nope_gpt.errors import MissingError, UsageError
@@ -240,6 +241,42 @@ def resolve(
             except UsageError as error:
                 raise UsageError(error.what, where=origin[field.name]) from None
     return config_type(**values)
+
+
+def differences(config: Knobs, preset: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The settings of a config that would be others if they were left out, by their flags.
+
+    Args:
+        config: The settings.
+        preset: What is taken in place of the defaults, by the names of the fields.
+    """
+    result = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        taken = preset.get(field.name, field.default)
+        if value != taken and not is_same(config, field.name, taken):
+            result[flag_of(field)] = value
+    return result
+
+
+def is_same(config: Knobs, name: str, value: Any) -> bool:
+    """Whether another value of a setting, which others may settle, leaves a config as it is."""
+    try:
+        return config.changed(**{name: value}) == config
+    except UsageError:
+        return False
+
+
+def as_words(flags: Mapping[str, Any]) -> list[str]:
+    """Settings by their flags, as what is typed; where one is None, its flag is left out."""
+    words = []
+    for flag, value in flags.items():
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif value is not None:
+            for item in value if isinstance(value, tuple) else [value]:
+                words += [flag, str(item)]
+    return words
 
 
 def read_settings(path: Path) -> dict[str, Any]:

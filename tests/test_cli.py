@@ -39,7 +39,7 @@ from nope_gpt.config import (
     TuneConfig,
 )
 from nope_gpt.errors import MissingError
-from nope_gpt.knobs import Knobs, flag_of
+from nope_gpt.knobs import Knobs, as_words, differences, flag_of
 from nope_gpt.model import NoPEGPT
 from nope_gpt.streaming import Piece
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
@@ -451,6 +451,34 @@ def test_the_json_of_a_run_is_a_settings_file(tmp_path: Path) -> None:
     record = {"command": "pretrain", "config": config.as_dict(), "facts": {}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert settled("pretrain", "--config", tmp_path / "run.json") == config
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("pretrain", {"anchor": False, "seed": 3, "dataset_path": "a b"}),
+        ("pretrain", {"tokens_per_step": 8192, "batch_size": 1, "length_growth": 0.0}),
+        ("tune", {"packing": False, "model": "runs/base", "max_steps": 9}),
+        ("chat", {"stop": ("a", "-"), "system_message": "", "markdown": False}),
+    ],
+)
+@pytest.mark.parametrize("preset", [None, "tiny"])
+def test_the_flags_that_differ_make_the_settings_again(
+    command: str, settings: dict[str, Any], preset: str | None
+) -> None:
+    kind = CONFIGS[command]
+    beside = PRESETS.get(kind, {}).get(preset or "", {})
+    config = kind(**{**beside, **settings})
+    flags = differences(config, beside)
+    before = ["--preset", preset] if beside else []
+    assert settled(command, *before, *as_words(flags)) == config
+    for flag in flags:
+        fewer = {name: value for name, value in flags.items() if name != flag}
+        assert settled(command, *before, *as_words(fewer)) != config, flag
+
+
+def test_what_is_settled_by_other_settings_is_no_difference() -> None:
+    assert differences(PretrainConfig(tokens_per_sample=30)) == {"--tokens-per-sample": 30}
 
 
 @pytest.mark.parametrize(
