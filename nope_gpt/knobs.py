@@ -164,6 +164,10 @@ class Knobs:
         """A copy with some values replaced."""
         return dataclasses.replace(self, **values)
 
+    def settled(self) -> typing.Self:
+        """With what is taken where nothing is given, as far as that is known before a run."""
+        return self
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -262,7 +266,7 @@ def differences(config: Knobs, preset: Mapping[str, Any] = MappingProxyType({}))
 def is_same(config: Knobs, name: str, value: Any) -> bool:
     """Whether another value of a setting, which others may settle, leaves a config as it is."""
     try:
-        return config.changed(**{name: value}) == config
+        return config.changed(**{name: value}).settled() == config.settled()
     except UsageError:
         return False
 

@@ -479,6 +479,9 @@ def test_the_flags_that_differ_make_the_settings_again(
 
 def test_what_is_settled_by_other_settings_is_no_difference() -> None:
     assert differences(PretrainConfig(tokens_per_sample=30)) == {"--tokens-per-sample": 30}
+    assert differences(PretrainConfig(learning_rate=2e-2)) == {}
+    adamw = PretrainConfig(optimizer="adamw", learning_rate=1e-3)
+    assert differences(adamw) == {"--optimizer": "adamw"}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import DATA, EVALUATION, OPTIMIZATION, RANKS, RUN
@@ -209,6 +209,10 @@ class TrainingConfig(Knobs):
     @property
     def peak_learning_rate(self) -> float:
         return self.learning_rate or self.default_learning_rate
+
+    def settled(self) -> Self:
+        """With the learning rate that is taken, so that another default changes no stored run."""
+        return self.changed(learning_rate=self.peak_learning_rate)
 
     @property
     def default_learning_rate(self) -> float:
