@@ -18,16 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nope_gpt.config.training import LOSS_CHUNK
+from nope_gpt.config import CACHED_BYTES, LOSS_CHUNK, LOSS_ROWS
 
 IGNORED = -100
 """A target that is not trained on."""
-
-ROWS = 8192
-"""Of the vocabulary whose gradients are added at a time: enough for products at full speed."""
-
-CACHED_BYTES = {"cpu": 4 << 20}
-"""Of logits in float32 that a CPU takes at a time, so that its cache holds them throughout."""
 
 
 def summed_cross_entropy(
@@ -146,7 +140,7 @@ class Gradients:
                 continue
             # Some rows at a time, as the product is another matrix, which a CPU widens, too.
             for own, some in zip(
-                torch.split(part, ROWS), torch.split(columns, ROWS, dim=1), strict=True
+                torch.split(part, LOSS_ROWS), torch.split(columns, LOSS_ROWS, dim=1), strict=True
             ):
                 product = some.T @ hidden[chunk]
                 own += product if own.is_cuda else product.type_as(own)

@@ -21,13 +21,12 @@ from nope_gpt.byte_pairs import (
     read_tokenizer_json,
     refuse_gaps,
 )
-from nope_gpt.config import ENCODINGS
+from nope_gpt.config import CONTROL_TOKENS, ENCODINGS
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 from nope_gpt.locating import CONFIG, RANKS, TOKENIZER
 from nope_gpt.places import cache_directory
 
 END_OF_TEXT = "<|endoftext|>"
-CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
 
 PUBLISHED_RANKS = {
     "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930": "r50k_base",

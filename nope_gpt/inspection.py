@@ -16,7 +16,7 @@ from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.data.staging import SUFFIX, Staging, is_held
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 from nope_gpt.history import METRICS, STATE, curves, logged, stages_of
-from nope_gpt.knobs import Knobs, flag_of
+from nope_gpt.knobs import Knobs, differences, resolve
 from nope_gpt.locating import (
     CONFIG,
     HOLDER,
@@ -210,7 +210,7 @@ def run_facts(path: Path, verify: bool) -> Facts:
     step = max((row["step"] for row in rows), default=0)
     return {
         **{name: record.get(name) for name in ("command", "version", "data", "facts")},
-        "changed_settings": changed(COMMANDS.get(record["command"]), record["config"]),
+        "changed_settings": changed(path / RUN, record["command"], record["config"]),
         "step": step,
         "trained_by": holder(path),
         "latest": {name: value for row in rows for name, value in row.items()},
@@ -222,21 +222,18 @@ def run_facts(path: Path, verify: bool) -> Facts:
     }
 
 
-def changed(config: type[Knobs] | None, settings: Facts) -> Facts:
-    """The settings of a run that are not the defaults, by their flags."""
+def changed(path: Path, command: str, settings: Facts) -> Facts:
+    """The settings of a run that would be others if they were left out, by their flags.
+
+    Raises:
+        UsageError: One is not what it may be.
+    """
+    config = COMMANDS.get(command)
     if config is None:
         return settings
-    fields = dataclasses.fields(config)
-    return {
-        flag_of(field): settings[field.name]
-        for field in fields
-        if field.name in settings and settings[field.name] != plain(field.default)
-    }
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
+    names = {field.name for field in dataclasses.fields(config)}
+    known = {name: value for name, value in settings.items() if name in names}
+    return differences(resolve(config, [(str(path), known)]))
 
 
 def holder(path: Path) -> str | None:

@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from nope_gpt.errors import MissingError, UsageError
@@ -81,11 +82,28 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def like(owner: type[Knobs], name: str, default: Any = dataclasses.MISSING) -> Any:
-    """Declare a setting that another group of settings declares, perhaps with another default."""
+def like(
+    owner: type[Knobs],
+    name: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str | None = None,
+    panel: str | None = None,
+    shown_default: str | None = None,
+) -> Any:
+    """Declare a setting that another group of settings declares, with what is different here.
+
+    What is shown as the default belongs to the default, and is not taken over by another one.
+    """
     field = owner.__dataclass_fields__[name]
-    default = field.default if default is dataclasses.MISSING else default
-    return dataclasses.field(default=default, metadata=field.metadata)
+    metadata = dict(field.metadata)
+    if default is dataclasses.MISSING:
+        default = field.default
+    else:
+        metadata["shown_default"] = None
+    changes = {"help": help, "panel": panel, "shown_default": shown_default}
+    metadata |= {key: value for key, value in changes.items() if value is not None}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 TEXTS = tuple[str, ...]
@@ -111,13 +129,31 @@ _annotations = functools.cache(typing.get_type_hints)
 """The types of a class's fields; to evaluate them takes time."""
 
 
+@dataclasses.dataclass(frozen=True)
+class WithoutEffect:
+    """A setting of the old scripts that changes nothing here.
+
+    Attributes:
+        kind: Its type.
+        reason: Why it changes nothing.
+    """
+
+    kind: type
+    reason: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knobs:
     """A group of settings that checks itself.
 
+    Attributes:
+        without_effect: Settings that are accepted by these names, and not kept.
+
     Raises:
         UsageError: A value has the wrong type or lies outside its limits; names the flag.
     """
+
+    without_effect: typing.ClassVar[Mapping[str, WithoutEffect]] = {}
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -127,6 +163,10 @@ class Knobs:
     def changed(self, **values: Any) -> typing.Self:
         """A copy with some values replaced."""
         return dataclasses.replace(self, **values)
+
+    def settled(self) -> typing.Self:
+        """With what is taken where nothing is given, as far as that is known before a run."""
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -157,7 +197,10 @@ T = TypeVar("T", bound=Knobs)
 
 
 def known_fields(config_type: type[T], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Map flag or field names of a file or preset to fields, refusing unknown ones."""
+    """Map flag or field names of a file or preset to fields, refusing unknown ones.
+
+    Settings without effect are left out.
+    """
     names: dict[str, str] = {}
     for field in dataclasses.fields(config_type):
         names[field.name] = field.name
@@ -165,6 +208,8 @@ def known_fields(config_type: type[T], values: Mapping[str, Any], where: str) ->
     result = {}
     for name, value in values.items():
         key = name.replace("-", "_")
+        if key in config_type.without_effect:
+            continue
         if key not in names:
             raise UsageError(
                 f"unknown setting {name!r}",
@@ -200,6 +245,42 @@ def resolve(
             except UsageError as error:
                 raise UsageError(error.what, where=origin[field.name]) from None
     return config_type(**values)
+
+
+def differences(config: Knobs, preset: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The settings of a config that would be others if they were left out, by their flags.
+
+    Args:
+        config: The settings.
+        preset: What is taken in place of the defaults, by the names of the fields.
+    """
+    result = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        taken = preset.get(field.name, field.default)
+        if value != taken and not is_same(config, field.name, taken):
+            result[flag_of(field)] = value
+    return result
+
+
+def is_same(config: Knobs, name: str, value: Any) -> bool:
+    """Whether another value of a setting, which others may settle, leaves a config as it is."""
+    try:
+        return config.changed(**{name: value}).settled() == config.settled()
+    except UsageError:
+        return False
+
+
+def as_words(flags: Mapping[str, Any]) -> list[str]:
+    """Settings by their flags, as what is typed; where one is None, its flag is left out."""
+    words = []
+    for flag, value in flags.items():
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif value is not None:
+            for item in value if isinstance(value, tuple) else [value]:
+                words += [flag, str(item)]
+    return words
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from nope_gpt import generation, hub, initialization
 from nope_gpt.attention import Documents
 from nope_gpt.blocks import NORM_EPSILON, Decoder
 from nope_gpt.caching import KVCache, Reader, Reading
-from nope_gpt.config import LOSS_CHUNK, ModelConfig, SamplingConfig
+from nope_gpt.config import LOSS_CHUNK, RECALLED_FROM, ModelConfig, SamplingConfig
 from nope_gpt.cross_entropy import cross_entropies, summed_cross_entropy
 from nope_gpt.device import refuse_small_memory
 from nope_gpt.embedding import TiedEmbedding
@@ -29,7 +29,7 @@ from nope_gpt.hub import SavedModel
 from nope_gpt.locating import locate
 from nope_gpt.native import NativeReader
 from nope_gpt.quantization import Int8Embedding, Int8Linear
-from nope_gpt.recall import RECALLED_FROM, Recall, before_each
+from nope_gpt.recall import Recall, before_each
 from nope_gpt.sharpening import Sharpening
 from nope_gpt.sizing.arithmetic import count_parameters
 from nope_gpt.sizing.memory import inference_memory

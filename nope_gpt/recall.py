@@ -18,10 +18,6 @@ from torch.nn import functional as F
 from nope_gpt.blocks import NORM_EPSILON
 from nope_gpt.cross_entropy import IGNORED
 
-RECALLED_FROM = 2
-"""Number of the block whose result is asked, counted from 0: the first ones find out where a
-token stands, the next can look for its neighbour."""
-
 
 class Recall(nn.Linear):
     """A matrix between the residual stream and the head: [B, T, C] to [B, T, C]."""

@@ -212,6 +212,7 @@ def generate_text(
         sampling: Any of `SamplingConfig`: `max_tokens`, `temperature`, `stop`, ...
 
     Raises:
+        TypeError: There is no such setting; a seed is one of the generator.
         UsageError: A setting is out of its range.
     """
     tokens = tokenizer.tokenize(prompt) or [tokenizer.end_of_text]

@@ -25,8 +25,7 @@ from nope_gpt.byte_pairs import (
     GPT2_PATTERN,
     as_lines,
 )
-from nope_gpt.config import ENCODINGS
-from nope_gpt.encodings import CONTROL_TOKENS
+from nope_gpt.config import CONTROL_TOKENS, ENCODINGS
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.locating import RANKS, TOKENIZER, locate
 from nope_gpt.memory import Message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import io
@@ -9,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from reference import SETTINGS, forward, published_tensors, write_published
 from safetensors.torch import save_file
 from small import RECIPE
 
+import nope_gpt.config
 from nope_gpt.cli import main
 from nope_gpt.cli.options import configured, normalize
 from nope_gpt.cli.writing import write_stream
@@ -36,7 +39,7 @@ from nope_gpt.config import (
     TuneConfig,
 )
 from nope_gpt.errors import MissingError, UsageError
-from nope_gpt.knobs import Knobs, flag_of
+from nope_gpt.knobs import Knobs, as_words, differences, flag_of
 from nope_gpt.model import NoPEGPT
 from nope_gpt.streaming import Piece
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
@@ -66,7 +69,6 @@ PRETRAIN: dict[str, tuple[Any, Any]] = {
     "tokens_per_sample": (4096, 3),
     "max_steps": (10000, 3),
     "learning_rate": (ELSEWHERE, 0.25),
-    "low_memory_optimizer": (False, True),
     "max_gradient_norm": (10.0, 0.25),
     "embedding_dimensions": (1024, 2048),
     "num_q_heads": (16, 8),
@@ -90,11 +92,9 @@ TUNE: dict[str, tuple[Any, Any]] = {
     "dataset_subset": ("all", "one,two"),
     "max_tokens_per_sample": (4096, 3),
     "filter_long_samples": (False, True),
-    "num_dataset_processes": (8, 3),
     "batch_size": (2, 3),
     "gradient_accumulation_steps": (64, 3),
     "learning_rate": (ELSEWHERE, 0.25),
-    "low_memory_optimizer": (False, True),
     "max_gradient_norm": (1.0, 0.25),
     "rank": (8, 3),
     "alpha": (1.0, 0.25),
@@ -124,6 +124,13 @@ GENERATE: dict[str, tuple[Any, Any]] = {
 }
 
 CHAT = GENERATE | {"temperature": (0.7, 0.25), "max_message_history": (4, 3)}
+
+WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
+    "pretrain": {"low_memory_optimizer": True},
+    "tune": {"low_memory_optimizer": True, "num_dataset_processes": 3},
+    "generate": {},
+    "chat": {},
+}
 
 SEED = {"pretrain": PRETRAIN, "tune": TUNE, "generate": GENERATE, "chat": CHAT}
 
@@ -214,12 +221,16 @@ def test_a_command_line_of_all_the_seeds_flags_is_understood(
 ) -> None:
     table = SEED[command].items()
     words = [word for name, (_, value) in table for word in spellings(name, value)[spelling]]
+    for name, value in WITHOUT_EFFECT[command].items():
+        words += spellings(name, value)[spelling]
     if command in ("pretrain", "tune"):
         words.append("--resume")
     done = call(command, *words)
     # Every flag was taken, and the command went on to miss its data or its model.
     assert done.returncode == 3, done.stderr
     assert re.search("there is no (data set|such model)", done.stderr)
+    for name in WITHOUT_EFFECT[command]:
+        assert f"note: --{name.replace('_', '-')} changes nothing: " in done.stderr
 
 
 @pytest.mark.parametrize("command", SEED)
@@ -254,6 +265,21 @@ def test_a_fineweb_subset_and_encoding_name_their_data_set(
     words: list[str], name: str, call: Call
 ) -> None:
     assert f"there is no data set '{name}'" in call("pretrain", *words).stderr
+
+
+@pytest.mark.parametrize("command", ["pretrain", "tune"])
+def test_what_changes_nothing_is_taken_and_neither_shown_nor_kept(
+    command: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, config = help_of(call, command, monkeypatch), settled(command)
+    for name, value in WITHOUT_EFFECT[command].items():
+        for words in spellings(name, value):
+            assert settled(command, *words) == config
+        for spelling in (name, name.replace("_", "-")):
+            (tmp_path / "a.toml").write_text(f"{spelling} = {json.dumps(value)}\n")
+            assert settled(command, "--config", tmp_path / "a.toml") == config
+        assert f"--{name.replace('_', '-')}" not in shown
+        assert name not in config.as_dict()
 
 
 # Historical spellings
@@ -337,6 +363,19 @@ def test_help_shows_every_knob_once_and_by_one_name(
     assert not [flag for flag in flags if "_" in flag]
 
 
+def test_no_knob_is_written_twice() -> None:
+    package = Path(str(nope_gpt.config.__file__)).parent
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.glob("*.py")]
+    fields = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    knobs = Counter(
+        (ast.unparse(field.target), ast.unparse(field.value.args[1]))
+        for field in fields
+        if isinstance(field.value, ast.Call) and ast.unparse(field.value.func) == "knob"
+    )
+    assert len(knobs) > 100
+    assert [knob for knob, count in knobs.items() if count > 1] == []
+
+
 @pytest.mark.parametrize("command", CONFIGS)
 def test_help_gives_examples_made_of_flags_that_exist(
     command: str, call: Call, monkeypatch: pytest.MonkeyPatch
@@ -396,9 +435,9 @@ def test_a_flag_given_its_default_still_beats_a_preset() -> None:
 
 def test_a_file_may_name_a_knob_as_the_flag_or_as_the_published_key(tmp_path: Path) -> None:
     for name in ("num_hidden_layers", "num-hidden-layers", "num_decoder_layers"):
-        (tmp_path / "a.toml").write_text(f"{name} = 3\nlow_memory_optimizer = true\n")
+        (tmp_path / "a.toml").write_text(f"{name} = 3\nactivation_checkpointing = true\n")
         config = settled("pretrain", "--config", tmp_path / "a.toml")
-        assert (config.num_decoder_layers, config.low_memory_optimizer) == (3, True)
+        assert (config.num_decoder_layers, config.activation_checkpointing) == (3, True)
 
 
 def test_a_files_whole_number_will_do_for_a_fraction(tmp_path: Path) -> None:
@@ -412,6 +451,37 @@ def test_the_json_of_a_run_is_a_settings_file(tmp_path: Path) -> None:
     record = {"command": "pretrain", "config": config.as_dict(), "facts": {}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert settled("pretrain", "--config", tmp_path / "run.json") == config
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("pretrain", {"anchor": False, "seed": 3, "dataset_path": "a b"}),
+        ("pretrain", {"tokens_per_step": 8192, "batch_size": 1, "length_growth": 0.0}),
+        ("tune", {"packing": False, "model": "runs/base", "max_steps": 9}),
+        ("chat", {"stop": ("a", "-"), "system_message": "", "markdown": False}),
+    ],
+)
+@pytest.mark.parametrize("preset", [None, "tiny"])
+def test_the_flags_that_differ_make_the_settings_again(
+    command: str, settings: dict[str, Any], preset: str | None
+) -> None:
+    kind = CONFIGS[command]
+    beside = PRESETS.get(kind, {}).get(preset or "", {})
+    config = kind(**{**beside, **settings})
+    flags = differences(config, beside)
+    before = ["--preset", preset] if beside else []
+    assert settled(command, *before, *as_words(flags)) == config
+    for flag in flags:
+        fewer = {name: value for name, value in flags.items() if name != flag}
+        assert settled(command, *before, *as_words(fewer)) != config, flag
+
+
+def test_what_is_settled_by_other_settings_is_no_difference() -> None:
+    assert differences(PretrainConfig(tokens_per_sample=30)) == {"--tokens-per-sample": 30}
+    assert differences(PretrainConfig(learning_rate=2e-2)) == {}
+    adamw = PretrainConfig(optimizer="adamw", learning_rate=1e-3)
+    assert differences(adamw) == {"--optimizer": "adamw"}
 
 
 @pytest.mark.parametrize(

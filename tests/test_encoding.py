@@ -15,7 +15,7 @@ from conftest import CORPUS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nope_gpt.config import ENCODINGS, PrepareConfig
+from nope_gpt.config import CONTROL_TOKENS, ENCODINGS, PrepareConfig
 from nope_gpt.data import reading, units
 from nope_gpt.data.documents import (
     COMPLETIONS,
@@ -29,7 +29,7 @@ from nope_gpt.data.documents import (
 from nope_gpt.data.encoding import TOO_LONG, EncodedDocument, Limit, encode
 from nope_gpt.data.prepare import prepare
 from nope_gpt.data.shards import Dataset
-from nope_gpt.encodings import CONTROL_TOKENS, END_OF_TEXT
+from nope_gpt.encodings import END_OF_TEXT
 from nope_gpt.memory import Message
 from nope_gpt.tokenization import ChatTokenizer, resolve
 

@@ -123,7 +123,7 @@ def test_the_losses_are_those_of_samples_of_the_new_length(base: Path, dataset: 
 def test_a_resumed_extension_is_bitwise_the_uninterrupted_one(
     base: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nope_gpt.training.extending.INTERVAL", 2)
+    monkeypatch.setattr("nope_gpt.training.extending.EXTENSION_INTERVAL", 2)
     extended(base, dataset, keep_checkpoints=9)
     run = base.parent / "extend"
     whole = load_file(run / "checkpoints" / "step-6" / "model.safetensors")

@@ -85,6 +85,12 @@ def test_a_stream_is_a_text_for_programs() -> None:
         next(generate_text(speaker("x"), TOKENIZER, "\n", top_p=3.0))
 
 
+@pytest.mark.parametrize("setting", [{"seed": 3}, {"device": "cpu"}, {"dtype": "int8"}], ids=str)
+def test_a_setting_that_a_stream_would_not_heed_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(setting))):
+        next(generate_text(speaker("x"), TOKENIZER, "\n", **setting))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     old=st.lists(st.integers(0, 60), min_size=1, max_size=30),

@@ -17,8 +17,8 @@ from conftest import CORPUS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nope_gpt.config import ENCODINGS
-from nope_gpt.encodings import CONTROL_TOKENS, END_OF_TEXT, keep_downloads
+from nope_gpt.config import CONTROL_TOKENS, ENCODINGS
+from nope_gpt.encodings import END_OF_TEXT, keep_downloads
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.memory import Message
 from nope_gpt.tokenization import (

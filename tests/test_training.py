@@ -20,15 +20,17 @@ from small import RECIPE, byte_dataset, small_run
 
 from nope_gpt.artifacts import FORMAT_VERSION, MANIFEST, publish, read_manifest, verify
 from nope_gpt.config import PretrainConfig
+from nope_gpt.config.training import LEARNING_RATES
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.knobs import resolve
 from nope_gpt.locating import newest_checkpoint
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.checkpoints import prune
 from nope_gpt.training.loop import Trainer
 from nope_gpt.training.objectives import Outcome
-from nope_gpt.training.runs import stored_record
+from nope_gpt.training.runs import origin_of, stored_record
 from nope_gpt.training.schedules import rate_fraction
 
 
@@ -55,11 +57,10 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
-@pytest.mark.parametrize("low_memory", [False, True])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    dataset: Path, tmp_path: Path, optimizer: str, low_memory: bool
+    dataset: Path, tmp_path: Path, optimizer: str
 ) -> None:
-    recipe = {"optimizer": optimizer, "low_memory_optimizer": low_memory, "dropout": 0.1}
+    recipe = {"optimizer": optimizer, "dropout": 0.1}
     whole = small_run(dataset, tmp_path / "whole", **recipe)
     first = small_run(dataset, tmp_path / "parts", **recipe)
     for path in (tmp_path / "parts" / "pretrain" / "checkpoints").glob("step-6"):
@@ -220,6 +221,15 @@ def test_a_run_is_not_resumed_to_end_before_where_it_is(dataset: Path, tmp_path:
         small_run(dataset, tmp_path, max_steps=2, resume=True)
     small_run(dataset, tmp_path, max_steps=4, learning_rate=0.5, resume=True)
     assert (tmp_path / "pretrain" / "run.json").read_text() == record, "nothing was done with it"
+
+
+def test_a_run_that_goes_on_keeps_the_learning_rate_that_was_taken(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run(dataset, tmp_path, max_steps=1, learning_rate=None)
+    monkeypatch.setitem(LEARNING_RATES, "muon", 1.0)
+    _, layers = origin_of(tmp_path / "pretrain", "pretrain")
+    assert resolve(PretrainConfig, layers).peak_learning_rate == 2e-2
 
 
 def test_non_finite_steps_count_in_a_row_only(

@@ -122,6 +122,7 @@ def test_full_tuning_moves_every_weight_and_keeps_no_adapter(
     weights = NoPEGPT.from_pretrained(run).state_dict()
     assert not any(torch.equal(weight, before[name]) for name, weight in weights.items())
     assert recorder.reports[-1].learning_rate < 1e-4, "a tenth of what adapters are trained with"
+    assert json.loads((run / "run.json").read_text())["config"]["learning_rate"] == 1e-4
     assert not (newest_checkpoint(run / "checkpoints") / adapters.TENSORS).exists()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from nope_gpt import adapters, hub, reach
 from nope_gpt.cli.terminal import say, waiting
-from nope_gpt.config import GenerateConfig, ModelChoice, SamplingConfig
+from nope_gpt.config import GenerateConfig, ModelChoice, WritingConfig
 from nope_gpt.device import draw_seed, resolve_device, resolve_precision, seed_of
 from nope_gpt.errors import UsageError
 from nope_gpt.hub import Tell
@@ -19,7 +19,7 @@ from nope_gpt.sharpening import NONE
 from nope_gpt.tokenization import BaseTokenizer, tokenizer_of
 
 
-def open_model(config: SamplingConfig, command: str) -> tuple[NoPEGPT, BaseTokenizer]:
+def open_model(config: WritingConfig, command: str) -> tuple[NoPEGPT, BaseTokenizer]:
     """Load a model and its tokenizer, and seed the draws.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from nope_gpt.cli.terminal import fail
+from nope_gpt.cli.terminal import fail, say_of_ranks
 from nope_gpt.config import IMPLIED, PRESETS
 from nope_gpt.errors import Interrupted, NopeError, UsageError
 from nope_gpt.knobs import TEXTS, Knobs, flag_of, kind_of, known_fields, read_settings, resolve
@@ -100,11 +100,16 @@ def configured(
     presets = PRESETS.get(config_type, {})
     own = [*arguments, *(common_parameters(presets) if settings_file else [])]
     knobs = [parameter_of(config_type, field) for field in dataclasses.fields(config_type)]
+    knobs += [
+        option(name, setting.kind | None, setting.reason, hidden=True)
+        for name, setting in config_type.without_effect.items()
+    ]
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(body)
         def command(**values: Any) -> None:
             with friendly():
+                pass_over(config_type, values)
                 base, layers = preset_layers(values, presets), file_layers(values)
                 names = [field.name for field in dataclasses.fields(config_type)]
                 flags = {name: values.pop(name) for name in names}
@@ -123,6 +128,13 @@ def configured(
         return command
 
     return decorate
+
+
+def pass_over(config_type: type[Knobs], values: dict[str, Any]) -> None:
+    """Take out the flags that change nothing, and say so of those that were given."""
+    for name, setting in config_type.without_effect.items():
+        if values.pop(name) is not None:
+            say_of_ranks(f"note: --{name.replace('_', '-')} changes nothing: {setting.reason}")
 
 
 def preset_layers(values: dict[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> Layers:
@@ -205,6 +217,7 @@ def option(
     default: Any = None,
     metavar: str | None = None,
     minimum: int | None = None,
+    hidden: bool = False,
 ) -> inspect.Parameter:
     """An option that is not a knob, such as --resume."""
     return inspect.Parameter(
@@ -213,7 +226,13 @@ def option(
         default=default,
         annotation=Annotated[
             kind,
-            typer.Option("--" + name.replace("_", "-"), help=help, metavar=metavar, min=minimum),
+            typer.Option(
+                "--" + name.replace("_", "-"),
+                help=help,
+                metavar=metavar,
+                min=minimum,
+                hidden=hidden,
+            ),
         ],
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nope_gpt.cli.launching import GPUS, launch
 from nope_gpt.cli.options import JSON, RESUME, configured, option
 from nope_gpt.cli.terminal import result, result_of_ranks
-from nope_gpt.config import PretrainConfig
+from nope_gpt.config import PretrainConfig, SizeConfig
 from nope_gpt.sizing.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def table(plan: DryRun) -> str:
     time = (
         "n/a: the peak of this hardware is not known"
         if plan.seconds is None
-        else f"{format_seconds(plan.seconds)} at 40% of the hardware's peak"
+        else f"{format_seconds(plan.seconds)} at {SizeConfig.utilization:.0%} of the peak"
     )
     facts = {
         "model": f"{plan.parameters:,} parameters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from functools import partial
@@ -20,6 +21,7 @@ from nope_gpt.config import (
     TuneConfig,
 )
 from nope_gpt.errors import UsageError
+from nope_gpt.knobs import Knobs, as_words, differences
 from nope_gpt.sizing.units import format_seconds
 
 ENCODING = "bpe:4096"
@@ -67,9 +69,12 @@ def command(
     result(str(exported), {}, as_json=False)
 
 
-def announce(line: str) -> None:
+def announce(command: str, settings: Knobs, *arguments: str, preset: str | None = None) -> None:
     """Show a step as the line that does it by itself."""
-    say(f"\n$ nope {line}", style="bold")
+    beside = PRESETS[type(settings)][preset] if preset else {}
+    words = [*arguments, *(["--preset", preset] if preset else [])]
+    words += as_words(differences(settings, beside))
+    say(f"\n$ nope {command} {shlex.join(words)}", style="bold")
 
 
 def prepare(root: Path) -> Path:
@@ -79,11 +84,11 @@ def prepare(root: Path) -> Path:
     from nope_gpt.data import prepare as data
 
     datasets = root / "datasets"
-    announce(f"prepare python-docs --token-encoding {ENCODING} --dataset-path {datasets}")
+    settings = PrepareConfig(dataset_path=str(datasets), token_encoding=ENCODING)
+    announce("prepare", settings, "python-docs")
     if any(datasets.glob("*/manifest.json")):
         say("  already there")
         return datasets
-    settings = PrepareConfig(dataset_path=str(datasets), token_encoding=ENCODING)
     say("  reading the documentation of this Python")
     with Watcher() as watcher:
         made = data.prepare(["python-docs"], settings, watcher)
@@ -97,20 +102,16 @@ def pretrain(root: Path, datasets: Path, config: QuickstartConfig) -> Path:
     from nope_gpt.cli.watching import Watcher
     from nope_gpt.training import pretraining
 
-    runs = root / "runs"
-    announce(
-        f"pretrain --preset tiny --dataset-path {datasets} --run-dir-path {runs} "
-        f"--max-steps {config.pretrain_steps} --seed {config.seed}"
-    )
     settings = PretrainConfig(
         **PRESETS[PretrainConfig]["tiny"]
         | {
             "dataset_path": str(datasets),
-            "run_dir_path": str(runs),
+            "run_dir_path": str(root / "runs"),
             "max_steps": config.pretrain_steps,
             "seed": config.seed,
         }
     )
+    announce("pretrain", settings, preset="tiny")
     return pretraining.pretrain(settings, [Watcher("pretrain")], resume=True)
 
 
@@ -119,21 +120,17 @@ def tune(root: Path, datasets: Path, base: Path, config: QuickstartConfig) -> Pa
     from nope_gpt.cli.watching import Watcher
     from nope_gpt.training import tuning
 
-    runs = root / "runs"
-    announce(
-        f"tune --preset tiny --model {base} --dataset-path {datasets} --run-dir-path {runs} "
-        f"--max-steps {config.tune_steps} --seed {config.seed}"
-    )
     settings = TuneConfig(
         **PRESETS[TuneConfig]["tiny"]
         | {
             "model": str(base),
             "dataset_path": str(datasets),
-            "run_dir_path": str(runs),
+            "run_dir_path": str(root / "runs"),
             "max_steps": config.tune_steps,
             "seed": config.seed,
         }
     )
+    announce("tune", settings, preset="tiny")
     return tuning.tune(settings, [Watcher("tune")], resume=True)
 
 
@@ -142,8 +139,8 @@ def export(root: Path, tuned: Path) -> Path:
     from nope_gpt.export.exporting import export as export_model
 
     output = root / "exports" / "docs-chat"
-    announce(f"export --model {tuned} --output {output} --overwrite")
     settings = ExportConfig(model=str(tuned), output=str(output), overwrite=True)
+    announce("export", settings)
     return export_model(settings, partial(say, style="dim"))[0].path
 
 
@@ -156,10 +153,7 @@ def ask(base: Path, config: QuickstartConfig) -> None:
     settings = GenerateConfig(model=str(base), max_tokens=80, temperature=0.6, seed=config.seed)
     model, tokenizer = open_model(settings, "generate")
     for prompt in (*OPENINGS, QUESTION):
-        announce(
-            f'generate "{prompt}" --model {base} --max-tokens 80 --temperature 0.6 '
-            f"--seed {config.seed}"
-        )
+        announce("generate", settings, prompt)
         if prompt == QUESTION:
             say("Before tuning, a question is just text to continue:", style="dim")
         sys.stdout.write(prompt)
@@ -174,11 +168,6 @@ def answer(exported: Path, config: QuickstartConfig) -> None:
     from nope_gpt.cli.loading import open_model
     from nope_gpt.cli.writing import write_stream
 
-    announce(
-        f'chat --model {exported} --max-tokens 120 --temperature 0.6 --system-message "" '
-        f"--seed {config.seed}"
-    )
-    say(f"After tuning, it answers:\n> {QUESTION}", style="dim")
     settings = ChatConfig(
         model=str(exported),
         max_tokens=120,
@@ -186,6 +175,8 @@ def answer(exported: Path, config: QuickstartConfig) -> None:
         system_message="",
         seed=config.seed,
     )
+    announce("chat", settings)
+    say(f"After tuning, it answers:\n> {QUESTION}", style="dim")
     model, tokenizer = open_model(settings, "chat")
     write_stream(ChatSession(model, tokenizer, settings).reply(QUESTION), False)
     sys.stdout.write("\n")

@@ -33,6 +33,12 @@ def say(text: str, style: str | None = None) -> None:
     talk().print(text, style=style, markup=False)
 
 
+def say_of_ranks(text: str) -> None:
+    """The same for what every one of several ranks would say: the first one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text)
+
+
 def result(text: str, value: dict[str, Any], as_json: bool) -> None:
     """Print a result on stdout, as text or as one JSON object."""
     typer.echo(json.dumps(value, ensure_ascii=False) if as_json else text)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from nope_gpt.config.opening import ModelChoice
-from nope_gpt.config.panels import DATA, EVALUATION, RUN
+from nope_gpt.config.model_choice import ModelChoice
+from nope_gpt.config.panels import DATA, EVALUATION
 from nope_gpt.config.training import TrainingConfig
 from nope_gpt.errors import UsageError
 from nope_gpt.knobs import knob, like
@@ -56,7 +56,7 @@ class EvaluateConfig(ModelChoice):
         2, "Numbers to hide at each of them, 0 for none.", panel=EVALUATION, minimum=0, maximum=1000
     )
     dtype: str = like(ModelChoice, "dtype", "float32")
-    seed: int = knob(0, "Seed of the hidden numbers.", panel=RUN, minimum=0, maximum=(1 << 63) - 1)
+    seed: int = like(TrainingConfig, "seed", 0, help="Seed of the hidden numbers.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

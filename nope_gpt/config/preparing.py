@@ -7,6 +7,9 @@ import dataclasses
 from nope_gpt.config.panels import CONVERSATIONS, DATA, HUB, RUN
 from nope_gpt.knobs import Knobs, knob
 
+ENCODINGS = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
+"""Those of tiktoken."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Knobs):
@@ -21,7 +24,7 @@ class PrepareConfig(Knobs):
     )
     token_encoding: str = knob(
         "r50k_base",
-        "r50k_base, p50k_base, cl100k_base or o200k_base (tiktoken's); `bpe:4096` to train a "
+        f"{', '.join(ENCODINGS[:-1])} or {ENCODINGS[-1]} (tiktoken's); `bpe:4096` to train a "
         "byte-pair tokenizer of that size on this corpus; `bytes`; or the directory of a data "
         "set or model, to share its tokenizer.",
         panel=DATA,

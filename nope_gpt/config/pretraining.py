@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from nope_gpt.config.panels import DATA, EVALUATION, MODEL, OPTIMIZATION
+from nope_gpt.config.preparing import ENCODINGS
 from nope_gpt.config.shape import ModelShape
 from nope_gpt.config.training import TrainingConfig
 from nope_gpt.errors import UsageError
@@ -13,7 +14,12 @@ from nope_gpt.knobs import knob
 
 LENGTH_GROWTH = 0.8
 
-ENCODINGS = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
+RECALLED_FROM = 2
+"""Number of the block whose result recall asks, counted from 0: the first ones find out where a
+token stands, the next can look for its neighbour."""
+
+SHORTEST_PIECE = 16
+"""Tokens that a growing sample begins with, at least."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,15 +66,17 @@ class PretrainConfig(ModelShape, TrainingConfig):
     length_growth: float | None = knob(
         None,
         "Share of the steps, the first ones, in which samples are cut into pieces: by halves down "
-        "to 16 tokens or more, then into twice as long ones, and so on until they are whole.",
+        f"to {SHORTEST_PIECE} tokens or more, then into twice as long ones, and so on until they "
+        "are whole.",
         panel=OPTIMIZATION,
         minimum=0.0,
         maximum=1.0,
-        shown_default="0.8, where samples have halves of 16 tokens or more",
+        shown_default=f"{LENGTH_GROWTH:g}, where samples have halves of {SHORTEST_PIECE} tokens or "
+        "more",
     )
     recall: float = knob(
         0.5,
-        "Weight of a second loss: from what the third block makes of a token, the one before is "
+        "Weight of a second loss: from what an early block makes of a token, the one before is "
         "to be told. It teaches attention where things are, and falls to nothing until the end.",
         panel=OPTIMIZATION,
         minimum=0.0,
@@ -106,14 +114,14 @@ class PretrainConfig(ModelShape, TrainingConfig):
                 f"--rotary-until turns pairs of dimensions, and a head has {head} of them",
                 hint="leave it out, or choose other --embedding-dimensions or --num-q-heads",
             )
-        can_grow = self.tokens_per_sample % 2 == 0 and self.tokens_per_sample >= 32
+        can_grow = self.tokens_per_sample % 2 == 0 and self.tokens_per_sample >= 2 * SHORTEST_PIECE
         if self.length_growth is None:
             object.__setattr__(self, "length_growth", LENGTH_GROWTH if can_grow else 0.0)
         if self.anchor is None:
             object.__setattr__(self, "anchor", not self.document_masking)
         if self.length_growth and not can_grow:
             raise UsageError(
-                f"--length-growth halves samples down to 16 tokens or more, and "
+                f"--length-growth halves samples down to {SHORTEST_PIECE} tokens or more, and "
                 f"{self.tokens_per_sample} tokens cannot be halved so",
                 hint="leave it out, or choose another --tokens-per-sample",
             )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+from nope_gpt.config.generating import GenerateConfig
 from nope_gpt.config.panels import MODEL, OPTIMIZATION, PLANNING, RANKS, RUN
 from nope_gpt.config.pretraining import PretrainConfig
-from nope_gpt.config.sampling import GenerateConfig
 from nope_gpt.config.shape import ModelConfig
+from nope_gpt.config.training import DEFAULT_SHARDING
 from nope_gpt.config.tuning import TuneConfig
 from nope_gpt.knobs import knob, like
+
+COMPUTE_OPTIMAL_RATIO = 20.0
+"""Tokens for each parameter that buy the lowest loss for their compute (Hoffmann et al.,
+"Training Compute-Optimal Large Language Models", 2022, table 3)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,9 +82,8 @@ class Workload(ModelConfig):
     @property
     def sharding(self) -> int:
         """What the ranks share: 0 nothing, 2 the optimizer, 3 the weights and gradients too."""
-        if self.gpus == 1:
-            return 0
-        return 2 if self.ddp_sharding_level is None else self.ddp_sharding_level
+        level = self.ddp_sharding_level
+        return 0 if self.gpus == 1 else DEFAULT_SHARDING if level is None else level
 
     @property
     def tokens(self) -> int:
@@ -107,9 +111,9 @@ class SizeConfig(Workload):
         1, "Sequences that are generated at a time.", panel=PLANNING, minimum=1, maximum=1 << 20
     )
     tokens_per_parameter: float = knob(
-        20.0,
-        "Tokens to train on for each parameter: 20 buys the lowest loss for the compute, more a "
-        "smaller model that is as good.",
+        COMPUTE_OPTIMAL_RATIO,
+        f"Tokens to train on for each parameter: {COMPUTE_OPTIMAL_RATIO:g} buys the lowest loss "
+        "for the compute, more a smaller model that is as good.",
         panel=PLANNING,
         above=0.0,
         maximum=1e6,

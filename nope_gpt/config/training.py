@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
+from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import DATA, EVALUATION, OPTIMIZATION, RANKS, RUN
-from nope_gpt.knobs import Knobs, knob
+from nope_gpt.knobs import Knobs, WithoutEffect, knob, like
 
 LEARNING_RATES = {"muon": 2e-2, "adamw": 1e-3, "adafactor": 1e-2}
+
+SHOWN_RATES = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
 
 LOSS_CHUNK = 1024
 """Tokens whose scores exist at a time: enough for products at full speed."""
 
-OPTIMIZER_HELP = (
-    "muon for the matrices, adamw for the rest; adamw; or adafactor, with hardly any memory."
-)
+LOSS_ROWS = 8192
+"""Of the vocabulary, whose gradients are added at a time: enough for products at full speed."""
+
+CACHED_BYTES = {"cpu": 4 << 20}
+"""Of scores in float32 that a CPU takes at a time, so that its cache holds them throughout."""
+
+DEFAULT_SHARDING = 2
+"""Level of several ranks: they share the optimizer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +32,9 @@ class TrainingConfig(Knobs):
     """What pretraining and tuning share: one loop, one set of knobs."""
 
     command: ClassVar[str]
+    without_effect: ClassVar[Mapping[str, WithoutEffect]] = {
+        "low_memory_optimizer": WithoutEffect(bool, "every optimizer updates one tensor at a time")
+    }
 
     dataset_path: str = knob(
         "./datasets", "Root directory of the data sets, or one data set's directory.", panel=DATA
@@ -50,7 +62,7 @@ class TrainingConfig(Knobs):
     )
     optimizer: str = knob(
         "muon",
-        OPTIMIZER_HELP,
+        "muon for the matrices, adamw for the rest; adamw; or adafactor, with hardly any memory.",
         panel=OPTIMIZATION,
         choices=tuple(LEARNING_RATES),
     )
@@ -59,7 +71,7 @@ class TrainingConfig(Knobs):
         "Peak learning rate.",
         panel=OPTIMIZATION,
         above=0.0,
-        shown_default="muon 2e-2, adamw 1e-3, adafactor 1e-2",
+        shown_default=SHOWN_RATES,
     )
     schedule: str = knob(
         "linear",
@@ -84,11 +96,6 @@ class TrainingConfig(Knobs):
     )
     weight_decay: float = knob(
         0.1, "Decoupled weight decay of the matrices.", panel=OPTIMIZATION, minimum=0.0
-    )
-    low_memory_optimizer: bool = knob(
-        False,
-        "Accepted for old command lines: every optimizer updates one tensor at a time.",
-        panel=OPTIMIZATION,
     )
     max_gradient_norm: float = knob(
         10.0, "Clip the global gradient norm above this.", panel=OPTIMIZATION, above=0.0
@@ -153,7 +160,7 @@ class TrainingConfig(Knobs):
     )
     run_dir_path: str = knob("./runs", "Root directory of the runs.", panel=RUN)
     run_name: str = knob("pretrain", "Name of the run in the root.", panel=RUN)
-    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps.", panel=RUN)
+    device: str = like(ModelChoice, "device")
     precision: str = knob(
         "auto",
         "float32, or bfloat16 autocast; auto takes bfloat16 where the hardware has it.",
@@ -173,7 +180,7 @@ class TrainingConfig(Knobs):
         "optimizer, 3 the weights and gradients too (FSDP2).",
         panel=RANKS,
         choices=(0, 2, 3),
-        shown_default="2 with more than one rank",
+        shown_default=f"{DEFAULT_SHARDING} with more than one rank",
     )
     hybrid_sharding: bool = knob(
         False, "Shard within each node, and replicate across nodes.", panel=RANKS
@@ -194,8 +201,18 @@ class TrainingConfig(Knobs):
     )
 
     @property
+    def sharding(self) -> int:
+        """What several ranks share: 0 nothing, 2 the optimizer, 3 the weights and gradients too."""
+        level = self.ddp_sharding_level
+        return DEFAULT_SHARDING if level is None else level
+
+    @property
     def peak_learning_rate(self) -> float:
         return self.learning_rate or self.default_learning_rate
+
+    def settled(self) -> Self:
+        """With the learning rate that is taken, so that another default changes no stored run."""
+        return self.changed(learning_rate=self.peak_learning_rate)
 
     @property
     def default_learning_rate(self) -> float:

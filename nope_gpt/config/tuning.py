@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from nope_gpt.config.panels import DATA, EVALUATION, LORA, MODEL, OPTIMIZATION, RUN
-from nope_gpt.config.training import LEARNING_RATES, OPTIMIZER_HELP, TrainingConfig
-from nope_gpt.knobs import knob
+from nope_gpt.config.panels import DATA, EVALUATION, LORA, MODEL, OPTIMIZATION
+from nope_gpt.config.preparing import PrepareConfig
+from nope_gpt.config.training import LEARNING_RATES, SHOWN_RATES, TrainingConfig
+from nope_gpt.knobs import WithoutEffect, knob, like
+
+CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+"""What tuning adds to a vocabulary, in this order."""
 
 EXTENSION: dict[str, Any] = {
     "batch_size": 1,
@@ -20,12 +25,19 @@ EXTENSION: dict[str, Any] = {
 }
 """What --extend implies (Wang et al. 2024, appendix A)."""
 
+EXTENSION_INTERVAL = 50
+"""Steps between its evaluations, and between its checkpoints."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuneConfig(TrainingConfig):
     """Conversations to an assistant."""
 
     command: ClassVar[str] = "tune"
+    without_effect: ClassVar[Mapping[str, WithoutEffect]] = {
+        **TrainingConfig.without_effect,
+        "num_dataset_processes": WithoutEffect(int, "prepared data needs no processing"),
+    }
 
     model: str | None = knob(
         None,
@@ -39,27 +51,16 @@ class TuneConfig(TrainingConfig):
         "NAME:0.5 for half of one, NAME@1000 for at most so many conversations.",
         panel=DATA,
     )
-    max_tokens_per_sample: int = knob(
-        4096,
-        "Tokens of a conversation, at most; a longer one loses its last turns.",
-        panel=DATA,
-        minimum=2,
-    )
-    filter_long_samples: bool = knob(
-        False, "Leave longer conversations out instead of cutting them.", panel=DATA
-    )
-    num_dataset_processes: int = knob(
-        8,
-        "Accepted for old command lines: prepared data needs no processing.",
-        panel=DATA,
-        minimum=1,
-    )
+    max_tokens_per_sample: int = like(PrepareConfig, "max_tokens_per_sample", 4096, panel=DATA)
+    filter_long_samples: bool = like(PrepareConfig, "filter_long_samples", panel=DATA)
     extend: str | None = knob(
         None,
         "Instead of answers, teach the model to reach so many times as far: one scale for each "
         "head of attention is learned on a data set of text, and folded into its weights. Unless "
-        "told otherwise in 200 steps of 8 samples, at a rate of 5e-2; evaluations and checkpoints "
-        "come every 50. What concerns conversations and adapters plays no part.",
+        f"told otherwise in {EXTENSION['max_steps']} steps of "
+        f"{EXTENSION['batch_size'] * EXTENSION['gradient_accumulation_steps']} samples, at a rate "
+        f"of {EXTENSION['learning_rate']:g}; evaluations and checkpoints come every "
+        f"{EXTENSION_INTERVAL}. What concerns conversations and adapters plays no part.",
         panel=DATA,
         choices=("2x", "4x"),
         shown_default="no",
@@ -70,22 +71,12 @@ class TuneConfig(TrainingConfig):
         "tokens of a batch; otherwise pad them to the longest.",
         panel=DATA,
     )
-    gradient_accumulation_steps: int = knob(
-        64,
-        "Batches for each update of the weights, over all ranks.",
-        panel=OPTIMIZATION,
-        minimum=1,
-    )
-    optimizer: str = knob(
-        "adamw", OPTIMIZER_HELP, panel=OPTIMIZATION, choices=tuple(LEARNING_RATES)
-    )
-    learning_rate: float | None = knob(
-        None,
-        "Peak learning rate.",
-        panel=OPTIMIZATION,
-        above=0.0,
-        shown_default="muon 2e-2, adamw 1e-3, adafactor 1e-2; a tenth with --full; a tenth with "
-        "dpo",
+    gradient_accumulation_steps: int = like(TrainingConfig, "gradient_accumulation_steps", 64)
+    optimizer: str = like(TrainingConfig, "optimizer", "adamw")
+    learning_rate: float | None = like(
+        TrainingConfig,
+        "learning_rate",
+        shown_default=f"{SHOWN_RATES}; a tenth with --full; a tenth with dpo",
     )
     num_epochs: int = knob(2, "Passes over the data.", panel=OPTIMIZATION, minimum=1)
     max_steps: int | None = knob(
@@ -95,12 +86,8 @@ class TuneConfig(TrainingConfig):
         minimum=1,
         shown_default="all passes",
     )
-    weight_decay: float = knob(
-        0.0, "Decoupled weight decay of the matrices.", panel=OPTIMIZATION, minimum=0.0
-    )
-    max_gradient_norm: float = knob(
-        1.0, "Clip the global gradient norm above this.", panel=OPTIMIZATION, above=0.0
-    )
+    weight_decay: float = like(TrainingConfig, "weight_decay", 0.0)
+    max_gradient_norm: float = like(TrainingConfig, "max_gradient_norm", 1.0)
     rank: int = knob(
         8, "Rank of the decomposition matrices.", panel=LORA, minimum=1, maximum=1 << 16
     )
@@ -115,7 +102,7 @@ class TuneConfig(TrainingConfig):
     )
     embeddings: str = knob(
         "new",
-        "Rows of the embedding, and so of the head, to train: new ones, those of the four control "
+        "Rows of the embedding, and so of the head, to train: new ones, those of the control "
         "tokens; all; or none.",
         panel=LORA,
         choices=("new", "all", "none"),
@@ -143,7 +130,7 @@ class TuneConfig(TrainingConfig):
     checkpoint_interval: int = knob(
         1, "Save a checkpoint every this many epochs.", panel=EVALUATION, minimum=1
     )
-    run_name: str = knob("tune", "Name of the run in the root.", panel=RUN)
+    run_name: str = like(TrainingConfig, "run_name", "tune")
 
     @property
     def default_learning_rate(self) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nope_gpt import adapters, hub
-from nope_gpt.config import ExportConfig
+from nope_gpt.config import UNKNOWN_CONTEXT, ExportConfig
 from nope_gpt.errors import UsageError
 from nope_gpt.evaluation import record
 from nope_gpt.export.legacy import read_checkpoint
@@ -23,9 +23,6 @@ from nope_gpt.model import NoPEGPT
 from nope_gpt.published_layout import TIED
 from nope_gpt.sharpening import NONE, Sharpening, for_context, scaled_heads
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
-
-UNKNOWN_CONTEXT = 8192
-"""Tokens that programs may plan for where nothing is recorded; what the published models have."""
 
 
 @dataclass(frozen=True)

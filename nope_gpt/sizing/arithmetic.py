@@ -10,10 +10,6 @@ import dataclasses
 
 from nope_gpt.config import ModelConfig
 
-COMPUTE_OPTIMAL_RATIO = 20.0
-"""Tokens for each parameter that buy the lowest loss for their compute (Hoffmann et al.,
-"Training Compute-Optimal Large Language Models", 2022, table 3)."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -89,8 +85,6 @@ def training_flops_per_token(config: ModelConfig, tokens: int, causal: bool) -> 
     return 6 * count_parameters(config).total + (6 if causal else 12) * scores
 
 
-def compute_optimal_tokens(
-    config: ModelConfig, tokens_per_parameter: float = COMPUTE_OPTIMAL_RATIO
-) -> int:
+def compute_optimal_tokens(config: ModelConfig, tokens_per_parameter: float) -> int:
     """Tokens for the lowest loss that the compute can buy, by a ratio to the parameters."""
     return round(count_parameters(config).total * tokens_per_parameter)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from nope_gpt.config import Workload
+from nope_gpt.config import CONTROL_TOKENS, Workload
 from nope_gpt.sizing.arithmetic import count_parameters
 
 FLOAT32 = 4
@@ -15,8 +15,8 @@ FLOAT32 = 4
 
 MATMUL_BYTES = {"float32": 4, "bfloat16": 2}
 
-NEW_ROWS = 4
-"""Of the embedding, that tuning adds: the control tokens."""
+NEW_ROWS = len(CONTROL_TOKENS)
+"""Of the embedding, that tuning adds: those of the control tokens."""
 
 
 class Holdings:

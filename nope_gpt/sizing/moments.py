@@ -13,20 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from nope_gpt.config import Workload
+from nope_gpt.config import CACHED_BYTES, LOSS_ROWS, RECALLED_FROM, Workload
 from nope_gpt.sizing.arithmetic import Parts
 from nope_gpt.sizing.holdings import FLOAT32, Holdings
 
 INT64 = 8
-
-CACHED_ROWS = 4 << 20
-"""Bytes of logits that a CPU widens at a time: `nope_gpt.cross_entropy.CACHED_BYTES`."""
-
-GRADIENT_ROWS = 8192
-"""Of the embedding, whose gradients are added at a time: `nope_gpt.cross_entropy.ROWS`."""
-
-ASKED_BLOCK = 3
-"""Of recall, counted from 1: `nope_gpt.recall.RECALLED_FROM`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +97,7 @@ class Moments:
         is_joined = not work.trains_all and work.embeddings == "new"
         copy = self.width * self.count.embedding if is_joined or not self.is_float32 else 0
         chunk = min(tokens, work.loss_chunk)
-        rows = min(work.vocabulary_size, GRADIENT_ROWS)
+        rows = min(work.vocabulary_size, LOSS_ROWS)
         widened = 0 if work.device == "cuda" or self.is_float32 else FLOAT32
         product = (self.width + widened) * rows * d if self.held.trains_embedding else 0
         chunked = dataclasses.replace(
@@ -176,7 +167,7 @@ class Moments:
                 - behind * tokens * self.block_per_token(),
                 copies=last.copies + (1 - behind) * self.copies_of_block(),
             )
-        if work.num_decoder_layers <= ASKED_BLOCK:  # It is a part of the stream's gradient.
+        if work.num_decoder_layers <= RECALLED_FROM + 1:  # It is a part of the stream's gradient.
             last = dataclasses.replace(last, transient=last.transient - self.asked())
         first = dataclasses.replace(
             base,
@@ -342,5 +333,5 @@ class Moments:
         row = FLOAT32 * self.work.vocabulary_size
         if self.work.device == "cuda":
             return chunk * row
-        rows = min(chunk, max(CACHED_ROWS // row, 1))
+        rows = min(chunk, max(CACHED_BYTES["cpu"] // row, 1))
         return rows * row * (1 if self.is_float32 else 2)

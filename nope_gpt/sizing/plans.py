@@ -16,6 +16,7 @@ import shlex
 from collections.abc import Iterator
 
 from nope_gpt.config import (
+    LOSS_CHUNK,
     MODEL,
     SHAPE_400M,
     ModelConfig,
@@ -26,7 +27,7 @@ from nope_gpt.config import (
     Workload,
 )
 from nope_gpt.errors import CapacityError, UsageError
-from nope_gpt.knobs import flag_of
+from nope_gpt.knobs import as_words, differences, flag_of
 from nope_gpt.sizing.arithmetic import compute_optimal_tokens, count_parameters
 from nope_gpt.sizing.memory import snapshot, training_memory, usable_memory
 from nope_gpt.sizing.moments import MemoryPlan
@@ -47,7 +48,7 @@ TOKENS_PER_STEP = 1 << 20
 FEWEST_STEPS = 2000
 """Of a run: smaller models, which see fewer tokens, take fewer of them in each step."""
 
-LOSS_CHUNKS = (1024, 256, 64)
+LOSS_CHUNKS = (LOSS_CHUNK, 256, 64)
 """To try: small ones cost a little speed."""
 
 SHORTEST_SAMPLE = 64
@@ -103,19 +104,19 @@ class Plan:
         values = work.as_dict() | {"device": "cpu" if work.device == "cpu" else "auto"}
         kind: type[TrainingConfig] = PretrainConfig
         words = ["nope", "pretrain"]
-        if work.method == "pretrain":
+        if self.steps is not None:
             values["max_steps"] = self.steps
-        else:
+        if work.method != "pretrain":
             kind, words = TuneConfig, ["nope", "tune"]
             values |= {"full": work.method == "full", "dropout": TuneConfig.dropout}
             values["max_tokens_per_sample"] = work.tokens_per_sample
             values["objective"] = "dpo" if work.method == "dpo" else "auto"
         values["compile"] = kind.compile
         fields = dataclasses.fields(kind)
-        for field in sorted(fields, key=lambda field: field.metadata["panel"] != MODEL):
-            value = values.get(field.name, field.default)
-            if value != field.default and value is not None:
-                words += [flag_of(field)] if value is True else [flag_of(field), str(value)]
+        settings = {field.name: values[field.name] for field in fields if field.name in values}
+        flags = differences(kind(**settings))
+        shape = {flag_of(field) for field in fields if field.metadata["panel"] == MODEL}
+        words += as_words(dict(sorted(flags.items(), key=lambda item: item[0] not in shape)))
         if work.gpus > 1:
             words += ["--gpus", str(work.gpus)]
         return shlex.join(words)

@@ -29,7 +29,7 @@ class Machine:
     """
 
     flops: float | None = None
-    utilization: float = 0.4
+    utilization: float = SizeConfig.utilization
     watts: int | None = None
     memory: int | None = None
     count: int = 1

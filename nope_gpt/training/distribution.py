@@ -25,9 +25,6 @@ from nope_gpt.training.watchdog import Watchdog
 
 T = TypeVar("T")
 
-DEFAULT_LEVEL = 2
-"""Shard the optimizer."""
-
 GATHERED_PARAMETERS = 2_000_000_000
 """Beyond this the first rank's memory is too small for the weights and the optimizer of all."""
 
@@ -107,8 +104,7 @@ def distribute(
     """
     if ranks.world_size == 1:
         return model
-    level = DEFAULT_LEVEL if config.ddp_sharding_level is None else config.ddp_sharding_level
-    if level == 0:
+    if config.sharding == 0:
         return DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
@@ -123,19 +119,18 @@ def distribute(
         )
     mesh = device_mesh(ranks, device, hybrid=config.hybrid_sharding)
     for layer in model.decoder.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=level == 3)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=config.sharding == 3)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return model
 
 
 def described(config: TrainingConfig, world_size: int) -> str:
     """How the ranks share the model, in words."""
-    level = DEFAULT_LEVEL if config.ddp_sharding_level is None else config.ddp_sharding_level
     shared = {
         0: "each with the whole model (DDP)",
         2: "sharing the optimizer (FSDP2)",
         3: "sharing weights, gradients and optimizer (FSDP2)",
-    }[level]
+    }[config.sharding]
     return f"{world_size}, {shared}{', within each node' if config.hybrid_sharding else ''}"
 
 
@@ -156,7 +151,7 @@ def synchronizing(
     At level 3 no rank has the memory for all of them, so they are shared at once.
     """
     if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(is_last or config.ddp_sharding_level == 3)
+        network.set_requires_gradient_sync(is_last or config.sharding == 3)
     if isinstance(network, DistributedDataParallel) and not is_last:
         return network.no_sync()
     return nullcontext()

@@ -30,7 +30,7 @@ def execute(
     """
     peak = peak_flops(launch.device, job.precision)
     plan = plan_of(job, config, run, launch, facts)
-    log: Listener = RunLog(run.path, config.as_dict())
+    log: Listener = RunLog(run.path, run.record["config"])
     listeners = [log, *listeners] if launch.ranks.is_first else []
     with told(plan, listeners):
         for listener in listeners:

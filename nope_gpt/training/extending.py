@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from nope_gpt import hub
 from nope_gpt.artifacts import write_tensors
-from nope_gpt.config import TuneConfig
+from nope_gpt.config import EXTENSION_INTERVAL, TuneConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
@@ -40,9 +40,6 @@ from nope_gpt.training.runs import Resume, begun, launched
 from nope_gpt.training.tuning import OnABase
 
 SCALES_FILE = "head_scales.safetensors"
-
-INTERVAL = 50
-"""Steps between evaluations, and between checkpoints."""
 
 TRIED_SAMPLES = 4
 """On which the scale to begin with is chosen."""
@@ -212,8 +209,8 @@ class Extension(OnABase):
             model=model,
             batches=self.batches,
             num_steps=self.num_steps,
-            eval_interval=INTERVAL,
-            checkpoint_interval=INTERVAL,
+            eval_interval=EXTENSION_INTERVAL,
+            checkpoint_interval=EXTENSION_INTERVAL,
             precision=precision,
             seed=self.config.seed,
             write_model=self.write_model,

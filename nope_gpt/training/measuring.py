@@ -23,13 +23,13 @@ from nope_gpt.artifacts import write_json, writing
 from nope_gpt.config import ModelConfig, PretrainConfig, Workload
 from nope_gpt.data.batches import Batch
 from nope_gpt.device import Ranks
-from nope_gpt.encodings import CONTROL_TOKENS
 from nope_gpt.errors import CapacityError
 from nope_gpt.model import NoPEGPT
 from nope_gpt.recall import Recall
 from nope_gpt.sizing import calibration
 from nope_gpt.sizing.arithmetic import training_flops_per_token
 from nope_gpt.sizing.calibration import Calibration
+from nope_gpt.sizing.holdings import NEW_ROWS
 from nope_gpt.sizing.memory import training_memory
 from nope_gpt.sizing.units import format_bytes
 from nope_gpt.training.distribution import synchronizing
@@ -41,9 +41,6 @@ ALONE = Ranks(rank=0, local_rank=0, world_size=1)
 
 NUM_STEPS = 3
 """To measure."""
-
-NEW_ROWS = len(CONTROL_TOKENS)
-"""Of the embedding: those of the control tokens, which `nope tune` adds."""
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -21,9 +21,6 @@ C = TypeVar("C", bound=TrainingConfig)
 SMALL_CHUNK = 256
 """Tokens of the loss at a time, where memory is dear."""
 
-EXPECTED_UTILIZATION = 0.4
-"""Of the hardware's peak, for an estimate of the time before anything has run."""
-
 
 @dataclass(frozen=True)
 class DryRun:
@@ -35,7 +32,8 @@ class DryRun:
         tokens: Of the whole run.
         flops: Of the whole run, in PaLM's convention.
         memory: Bytes by part, and `peak`, on each rank.
-        seconds: At `EXPECTED_UTILIZATION`, or None for hardware that nobody knows.
+        seconds: At the share of the peak that `nope size` assumes, or None where the peak is not
+            known.
         told: What else people want to know.
     """
 

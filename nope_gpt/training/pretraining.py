@@ -10,7 +10,7 @@ import torch
 
 from nope_gpt import hub, initialization
 from nope_gpt.artifacts import write_tensors
-from nope_gpt.config import ModelConfig, ModelShape, PretrainConfig
+from nope_gpt.config import ModelConfig, ModelShape, PretrainConfig, SizeConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
@@ -27,13 +27,7 @@ from nope_gpt.training.distribution import refuse_impossible, shared
 from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
 from nope_gpt.training.objectives import CrossEntropy, Recalling
-from nope_gpt.training.planning import (
-    EXPECTED_UTILIZATION,
-    DryRun,
-    explaining_memory,
-    fitted,
-    workload,
-)
+from nope_gpt.training.planning import DryRun, explaining_memory, fitted, workload
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import Resume, begun, launched
 
@@ -85,7 +79,7 @@ def dry_run(config: PretrainConfig, ranks: int = 1) -> DryRun:
         tokens=task.tokens_per_step * config.max_steps,
         flops=flops,
         memory=memory.as_dict() | {"peak": memory.peak},
-        seconds=flops / (peak * ranks * EXPECTED_UTILIZATION) if peak else None,
+        seconds=flops / (peak * ranks * SizeConfig.utilization) if peak else None,
         told=task.told,
     )
 

@@ -123,7 +123,7 @@ def open_run(
         "command": config.command,
         "version": __version__,
         "checkpoints": str(checkpoint_path(config)),
-        "config": config.as_dict(),
+        "config": config.settled().as_dict(),
         "facts": facts,
         **origin,
     }

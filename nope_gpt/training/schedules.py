@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 
-from nope_gpt.config import TrainingConfig
+from nope_gpt.config import SHORTEST_PIECE, TrainingConfig
 
 COSINE_FLOOR = 0.1
 """Where the cosine schedule ends, as a fraction of the peak (Hoffmann et al., 2022, App. B)."""
 
 
-SHORTEST = 16
-"""Tokens that a growing sample begins with, at least."""
-
-
 def sample_length(step: int, num_steps: int, length: int, growth: float) -> int:
     """How long the pieces are that a step cuts its samples into, steps counted from 0.
 
-    They double from the shortest of at least `SHORTEST` tokens, as often in equal times as it
+    They double from the shortest of at least `SHORTEST_PIECE` tokens, as often in equal times as it
     takes, so that they are whole from the share `growth` of the steps on.
     """
     lengths = [length]
-    while lengths[0] % 2 == 0 and lengths[0] // 2 >= SHORTEST:
+    while lengths[0] % 2 == 0 and lengths[0] // 2 >= SHORTEST_PIECE:
         lengths.insert(0, lengths[0] // 2)
     growing = growth * num_steps
     if step >= growing:

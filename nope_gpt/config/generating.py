@@ -6,14 +6,15 @@ import dataclasses
 import functools
 import math
 
-from nope_gpt.config.opening import ModelChoice
+from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import MODEL, RUN, SAMPLING
+from nope_gpt.config.training import TrainingConfig
 from nope_gpt.errors import UsageError
-from nope_gpt.knobs import knob
+from nope_gpt.knobs import Knobs, knob, like
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig(ModelChoice):
+class SamplingConfig(Knobs):
     """How the next token is drawn: penalty, then top-k, then temperature, then top-p."""
 
     max_tokens: int = knob(2000, "Tokens to generate, at most.", panel=SAMPLING, minimum=1)
@@ -76,23 +77,12 @@ class SamplingConfig(ModelChoice):
         minimum=0,
         maximum=7,
     )
-    colorize_tokens: bool = knob(
-        False, "Colour each token by its probability, green to red.", panel=SAMPLING
-    )
     compile: str = knob(
         "auto",
         "On a CPU, decode by code that is compiled for it: auto once it is there, compiling it "
         "in the background; on waits for it; off never.",
         panel=RUN,
         choices=("auto", "on", "off"),
-    )
-    seed: int | None = knob(
-        None,
-        "Seed of the draws.",
-        panel=RUN,
-        minimum=0,
-        maximum=(1 << 63) - 1,
-        shown_default="drawn",
     )
 
     def __post_init__(self) -> None:
@@ -127,7 +117,19 @@ class SamplingConfig(ModelChoice):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SamplingConfig):
+class WritingConfig(SamplingConfig, ModelChoice):
+    """What `generate` and `chat` share: a model, how it draws, and how that is shown."""
+
+    colorize_tokens: bool = knob(
+        False, "Colour each token by its probability, green to red.", panel=SAMPLING
+    )
+    seed: int | None = like(
+        TrainingConfig, "seed", help="Seed of the draws.", shown_default="drawn"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(WritingConfig):
     """A prompt to its continuation."""
 
     num_samples: int = knob(
@@ -161,15 +163,10 @@ class GenerateConfig(SamplingConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatConfig(SamplingConfig):
+class ChatConfig(WritingConfig):
     """A conversation in the terminal."""
 
-    temperature: float = knob(
-        0.7,
-        "Spread of the distribution; 0 always takes the likeliest token.",
-        panel=SAMPLING,
-        minimum=0.0,
-    )
+    temperature: float = like(SamplingConfig, "temperature", 0.7)
     max_message_history: int = knob(
         4, "Messages of the conversation that the model sees.", panel=SAMPLING, minimum=1
     )

@@ -1,16 +1,20 @@
-"""The knobs of `export` and `quickstart`."""
+"""The knobs of `export`."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 
-from nope_gpt.config.panels import MODEL, OPTIMIZATION, RUN
+from nope_gpt.config.model_choice import ModelChoice
+from nope_gpt.config.panels import MODEL, RUN
 from nope_gpt.errors import UsageError
-from nope_gpt.knobs import Knobs, knob
+from nope_gpt.knobs import Knobs, knob, like
 
 FORMATS = ("hub", "transformers", "llama", "gguf")
 """What `nope export` writes."""
+
+UNKNOWN_CONTEXT = 8192
+"""Tokens that programs may plan for where nothing is recorded; what the published models have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +39,7 @@ class ExportConfig(Knobs):
         "gguf: for llama.cpp, Ollama and LM Studio. Several, with commas, make a directory each.",
         panel=RUN,
     )
-    adapter: tuple[str, ...] = knob(
-        (),
-        "Adapter to fold into the model: a run of `nope tune`, or a checkpoint of one; may be "
-        "given again, the older one first.",
-        panel=MODEL,
-    )
+    adapter: tuple[str, ...] = like(ModelChoice, "adapter")
     dtype: str = knob(
         "auto",
         "What the weights are written in; auto as they are.",
@@ -64,7 +63,7 @@ class ExportConfig(Knobs):
         None,
         "Tokens that other programs may plan for.",
         panel=MODEL,
-        shown_default="what it was trained on, or 8192",
+        shown_default=f"what it was trained on, or {UNKNOWN_CONTEXT}",
         minimum=1,
     )
     license: str | None = knob(
@@ -104,17 +103,3 @@ class ExportConfig(Knobs):
         """Each quantization once."""
         parts = (part.strip().lower() for part in (self.quantize or "").split(","))
         return list(dict.fromkeys(part for part in parts if part))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuickstartConfig(Knobs):
-    """The whole family in a row."""
-
-    directory: str = knob("./quickstart", "Where everything goes.", panel=RUN)
-    pretrain_steps: int = knob(
-        700, "Updates of the base model's weights.", panel=OPTIMIZATION, minimum=1
-    )
-    tune_steps: int = knob(
-        250, "Updates of the assistant's adapters.", panel=OPTIMIZATION, minimum=1
-    )
-    seed: int = knob(0, "Seed of every random choice.", panel=RUN, minimum=0, maximum=(1 << 63) - 1)
