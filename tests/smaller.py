@@ -5,22 +5,27 @@ from __future__ import annotations
 import re
 import sys
 
-TRAINING = "--gradient-accumulation-steps 1 --max-steps 2 --num-eval-samples 4 --device cpu"
+TRAINING = (
+    "--batch-size 2 --gradient-accumulation-steps 1 --max-steps 2 --num-eval-samples 4 --device cpu"
+)
 SHAPE = "--embedding-dimensions 32 --num-q-heads 4 --num-kv-heads 2 --num-hidden-layers 3"
 
 FLAGS = [
     ("quickstart", "--pretrain-steps 2 --tune-steps 2"),
     ("pretrain", f"{TRAINING} {SHAPE} --tokens-per-sample 256"),
     ("tune", TRAINING),
-    ("pretrain (?!.*auto)|tune", "--batch-size 2"),
     ("(pretrain|tune) .*--resume", "--max-steps 3"),
+    ("pretrain .*--batch-size auto", "--no-auto-batch-size"),
     ("generate|chat", "--max-tokens 8"),
-    ("eval", "--num-tokens 16384 --passkey-depths 1 --passkey-keys 1"),
+    ("eval", "--num-tokens 8704 --passkey-depths 1 --passkey-keys 1"),
     ("size .*--(measure|verify)", f"{SHAPE} --tokens-per-sample 64 --device cpu"),
 ]
 """What is put behind a line that begins so; of a flag that is given twice the last one counts."""
 
-WORDS = {"bpe:4096": "bpe:300", "runs/pretrain/checkpoints/step-500": "runs/pretrain"}
+WORDS = {
+    "bpe:4096": "bpe:300",
+    "runs/pretrain/checkpoints/step-500": "runs/pretrain/checkpoints/step-2",
+}
 """What a small text has no variety for, and a run of few steps has not got."""
 
 
