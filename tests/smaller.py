@@ -12,6 +12,7 @@ SHAPE = "--embedding-dimensions 32 --num-q-heads 4 --num-kv-heads 2 --num-hidden
 
 FLAGS = [
     ("quickstart", "--pretrain-steps 2 --tune-steps 2"),
+    ("prepare fineweb", "--holdout-fraction 0.5"),
     ("pretrain", f"{TRAINING} {SHAPE} --tokens-per-sample 256"),
     ("tune", TRAINING),
     ("(pretrain|tune) .*--resume", "--max-steps 3"),

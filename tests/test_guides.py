@@ -80,12 +80,13 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (work / "prompts.jsonl").write_text('{"prompt": "Once"}\n')
     (work / "mine.py").write_text(blocks(DOCS / "chatting.md", "python")[0].text)
     type_in(root, "nope quickstart", {})
-    for name in ("datasets", "runs"):
-        shutil.copytree(work / "quickstart" / name, work / name)
-    type_in(root, "nope export --model runs/pretrain --output exports/mine", {})
+    shutil.copytree(work / "quickstart" / "runs", work / "runs")
+    prepared = "nope prepare python-docs --token-encoding runs/pretrain --holdout-fraction 0.1"
+    type_in(root, f"{prepared}; nope export --model runs/pretrain --output exports/mine", {})
     write_models(root / "hub" / "models")
-    for made in (hub_datasets.fineweb, hub_datasets.smoltalk, hub_datasets.ultrafeedback):
-        made(root / "hub")
+    hub_datasets.fineweb(root / "hub", documents=120)
+    hub_datasets.smoltalk(root / "hub")
+    hub_datasets.ultrafeedback(root / "hub")
     own = hub_datasets.own_texts(root / "hub").folder
     shutil.copytree(own, root / "hub" / "datasets" / "ORG" / "NAME")
     return root
