@@ -18,7 +18,11 @@ FLAGS = [
     ("(pretrain|tune) .*--resume", "--max-steps 3"),
     ("pretrain .*--batch-size auto", "--no-auto-batch-size"),
     ("generate|chat", "--max-tokens 8"),
-    ("eval", "--num-tokens 8704 --passkey-depths 1 --passkey-keys 1"),
+    (
+        "eval (?!.*--calibrate)",
+        "--lengths 1,2 --num-tokens 1024 --passkey-depths 1 --passkey-keys 1",
+    ),
+    ("eval .*--calibrate", "--num-tokens 8704"),
     ("size .*--(measure|verify)", f"{SHAPE} --tokens-per-sample 64 --device cpu"),
 ]
 """What is put behind a line that begins so; of a flag that is given twice the last one counts."""

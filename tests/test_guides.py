@@ -96,13 +96,13 @@ def type_in(root: Path, script: str, env: dict[str, str]) -> None:
     """Run a script as it would be typed in a house, to its end."""
     place = {"HOME": str(root / "home"), "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
+        ["bash", "-euo", "pipefail", "-c", script.replace(".venv/bin/", "")],
         cwd=root / "work",
         env=os.environ | place | {"OMP_NUM_THREADS": "1"} | env,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
