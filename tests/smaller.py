@@ -13,9 +13,9 @@ SHAPE = "--embedding-dimensions 32 --num-q-heads 4 --num-kv-heads 2 --num-hidden
 FLAGS = [
     ("quickstart", "--pretrain-steps 2 --tune-steps 2"),
     ("prepare fineweb", "--holdout-fraction 0.5"),
-    ("pretrain", f"{TRAINING} {SHAPE} --tokens-per-sample 256"),
+    ("pretrain (?!.*--resume)", f"{TRAINING} {SHAPE} --tokens-per-sample 256"),
+    ("pretrain .*--resume", "--max-steps 3 --device cpu"),
     ("tune", TRAINING),
-    ("(pretrain|tune) .*--resume", "--max-steps 3"),
     ("pretrain .*--batch-size auto", "--no-auto-batch-size"),
     ("generate|chat", "--max-tokens 8"),
     (
@@ -40,7 +40,7 @@ def smaller(words: list[str]) -> list[str]:
     if "python-docs" not in words:
         words = [WORDS.get(word, word) for word in words]
     return words + [
-        flag for pattern, flags in FLAGS if re.match(pattern, line) for flag in flags.split()
+        flag for pattern, flags in FLAGS if re.match(pattern, f"{line} ") for flag in flags.split()
     ]
 
 
