@@ -6,7 +6,7 @@ TESTS ?= tests
 JOBS ?= auto
 PYTEST_RUN := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup quickstart test test-slow coverage hooks ci test-online test-llama check fix docs clean
+.PHONY: help setup quickstart test test-slow coverage hooks ci test-online test-llama check fix docs site clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,7 +14,7 @@ help:  ## Show what can be made
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 setup: .venv/installed  ## Make the virtual environment and install into it
@@ -57,6 +57,9 @@ fix: setup  ## Mend what the linter and formatter can
 
 docs: setup  ## Write the generated docs
 	$(BIN)/python docs/build_cli.py
+
+site: setup  ## Make the site of README and docs in build/site
+	$(BIN)/mkdocs build --strict
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nope_gpt.cli import app
+
 PAGE = Path(__file__).with_name("cli.md")
-COMMANDS = ["", "quickstart", "prepare", "pretrain", "tune", "export", "generate", "chat", "size"]
+COMMANDS = ["", *(str(command.name) for command in app.registered_commands)]
 
 HEAD = """# Command line
 

@@ -138,12 +138,3 @@ def test_a_model_that_is_on_no_hub_is_missing_and_an_absent_hub_is_the_network(
     assert "no such model on the Hub" in missing.stderr
     assert "the Hub cannot be reached" in absent.stderr
     assert "Traceback" not in missing.stderr + absent.stderr
-
-
-def test_the_readmes_commands_exist() -> None:
-    from nope_gpt.cli import app
-
-    commands = {command.name for command in app.registered_commands}
-    text = README.read_text(encoding="utf-8")
-    assert set(re.findall(r"\bnope ([a-z]+)\b", text)) <= commands
-    assert commands <= set(re.findall(r"\bnope ([a-z]+)\b", text))
