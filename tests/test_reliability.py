@@ -328,6 +328,14 @@ def test_folders_that_only_look_like_checkpoints_are_passed_over(tmp_path: Path)
     assert checkpoints.newest(tmp_path) == tmp_path / "step-1"
 
 
+def test_the_newest_checkpoint_is_that_of_the_most_steps_and_not_of_the_last_name(
+    tmp_path: Path,
+) -> None:
+    for step in (9, 10):
+        saver(tmp_path).write(snapshot(step))
+    assert checkpoints.newest(tmp_path) == tmp_path / "step-10"
+
+
 def test_pruning_keeps_every_so_many_and_never_counts_the_damaged(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints"
     one = saver(path, keep=9)
