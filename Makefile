@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
 
-.PHONY: help setup quickstart test test-online test-llama check fix docs clean
+.PHONY: help setup quickstart test test-online test-llama mutants check fix docs clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ test-online: setup  ## First contact with the real Hub: both published models
 test-llama: setup  ## Install llama.cpp, which compiles for minutes, and run the tests that need it
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
 	$(BIN)/python -m pytest -m llama $(PYTEST) $(TESTS)
+
+mutants: setup  ## Plant faults, `MODULES="attention hub"` for some, and see the tests catch them
+	$(BIN)/python tests/mutants.py --jobs 2 $(MODULES)
 
 check: setup  ## Lint, check types and see that the generated docs are fresh
 	$(BIN)/ruff check
