@@ -6,7 +6,7 @@ TESTS ?= tests
 JOBS ?= auto
 PYTEST_RUN := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup quickstart test test-slow coverage hooks ci test-online test-llama check fix docs site clean
+.PHONY: help setup quickstart test test-slow coverage hooks ci test-online test-llama mutants check fix docs site clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ test-online: setup  ## First contact with the real Hub: both published models
 test-llama: setup  ## Install llama.cpp, which compiles for minutes, and run the tests that need it
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
 	$(BIN)/python -m pytest -m llama $(PYTEST) $(TESTS)
+
+mutants: setup  ## Plant faults, `MODULES="attention hub"` for some, and see the tests catch them
+	$(BIN)/python tests/mutants.py --jobs 2 $(MODULES)
 
 check: setup  ## Lint, check types and see that the generated docs are fresh
 	$(BIN)/ruff check

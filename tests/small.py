@@ -66,12 +66,16 @@ class Recorder(Listener):
         self.reports: list[StepReport] = []
         self.notices: list[str] = []
         self.samples: list[str] = []
+        self.checkpoints: list[Path] = []
 
     def stepped(self, report: StepReport) -> None:
         self.reports.append(report)
 
     def noticed(self, what: str) -> None:
         self.notices.append(what)
+
+    def saved(self, path: Path) -> None:
+        self.checkpoints.append(path)
 
     def sampled(self, step: int, text: str) -> None:
         assert step >= 0

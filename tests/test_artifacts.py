@@ -188,6 +188,36 @@ def test_only_what_more_room_would_mend_is_a_lack_of_room(
     assert caught.value.hint
 
 
+def an_array(path: Path) -> None:
+    with array_file(path, np.dtype(np.uint8), 3) as file:
+        file.write(np.arange(3, dtype=np.uint8))
+
+
+@pytest.mark.parametrize("write", [made, an_array, lambda path: write_file(path, CONTENT)])
+def test_what_appears_is_on_the_disk_before_its_name_is_and_then_its_name(
+    tmp_path: Path, write: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def flushing(descriptor: int) -> None:
+        events.append(("flush", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def renaming(self: Path, target: Path) -> Path:
+        events.append(("rename", self.stat().st_ino))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(Path, "replace", renaming)
+    path = tmp_path / "new"
+    write(path)
+    renamed = max(i for i, event in enumerate(events) if event == ("rename", path.stat().st_ino))
+    parts = {("flush", part.stat().st_ino) for part in (path, *path.glob("*"))}
+    assert parts <= set(events[:renamed])
+    assert ("flush", tmp_path.stat().st_ino) in events[renamed:]
+
+
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
     path = tmp_path / "new" / "value.json"
     write_json(path, {"é": 1})

@@ -153,6 +153,44 @@ def test_the_kernel_of_a_gpu_is_asked_for_what_it_takes() -> None:
     assert packed.dtype == torch.bfloat16
 
 
+def kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts_of_queries: Tensor,
+    starts_of_keys: Tensor,
+    *longest: int,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """What torch documents of its kernel for a GPU, which is not there on a CPU."""
+    assert window_size == (-1, 0), "a token is to see all before it, and none after it"
+    assert torch.equal(starts_of_queries, starts_of_keys)
+    bounds = starts_of_queries.tolist()
+    assert longest == (max(longest),) * 2
+    assert max(longest) >= max(end - start for start, end in itertools.pairwise(bounds))
+    out = [
+        plain(*(x[start:end].transpose(0, 1)[None] for x in (q, k, v)))[0]
+        for start, end in itertools.pairwise(bounds)
+    ]
+    return torch.cat(out).view(q.shape).to(q.dtype)
+
+
+def test_the_kernel_of_a_gpu_is_given_each_head_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    q, k, v = drawn(0, 2, 2, 3, 9, 8, torch.float32)
+    numbers = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1, 1]])
+    found = packed_attention(q, k, v, offsets_of(numbers))
+    torch.testing.assert_close(found.double(), plain(q, k, v, numbers), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_the_last_queries_see_all_keys_before_them(dropout: float) -> None:
+    """By blocks, and by a mask."""
+    q, k, v = drawn(0, 2, 2, 3, 20, 8, torch.float32)
+    found = causal_attention(q[:, :, -6:], k, v, dropout=dropout)
+    torch.testing.assert_close(found.double(), plain(q, k, v)[:, -6:], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 1e-9])
 def test_a_packed_sample_gives_the_losses_of_its_documents_alone(dropout: float) -> None:
     """There are no positions, so where a document lies cannot matter, by either way of masking."""

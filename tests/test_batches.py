@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from nope_gpt.artifacts import FORMAT_VERSION, MANIFEST, describe
 from nope_gpt.data.batches import Batch, TextBatches
-from nope_gpt.data.chats import ChatBatches
+from nope_gpt.data.chats import ChatBatches, packed
 from nope_gpt.data.encoding import EncodedDocument, token_dtype
 from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.ordering import shuffled
@@ -466,6 +466,19 @@ def test_any_number_of_ranks_trains_on_the_same_conversations(
     shares = [list(batches.holdout(3, rank, world_size)) for rank in range(world_size)]
     assert len(set(map(len, shares))) == 1
     assert sum(batch.num_trained for share in shares for batch in share) == 4 + 5 + 6
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(2, 40), max_size=30), st.integers(40, 90))
+def test_packs_hold_every_conversation_once_and_no_more_than_they_may(
+    lengths: list[int], capacity: int
+) -> None:
+    samples = [(text(*range(length)),) for length in lengths]
+    packs = packed(samples, capacity)
+    assert Counter(id(sample) for pack in packs for sample in pack) == Counter(map(id, samples))
+    taken = [sum(document.tokens.size - 1 for (document,) in pack) for pack in packs]
+    assert all(0 < tokens <= capacity for tokens in taken)
+    assert all(one + other > capacity for one, other in itertools.pairwise(taken)), "too many"
 
 
 def test_a_limit_on_the_hold_out_counts_conversations(tmp_path: Path) -> None:

@@ -47,6 +47,14 @@ def test_a_text_does_not_depend_on_its_neighbours(batch_size: int) -> None:
         assert answer.reason == ("stop" if tokens[-1] in BYTES.stop_tokens else "length")
 
 
+def test_answers_come_in_the_order_of_their_requests_whenever_they_are_done() -> None:
+    model = small_model(vocabulary_size=257)
+    sampling = SamplingConfig(max_tokens=30, stop=tuple("abcdefghijklm"), compile="off")
+    got = list(answers(model, BYTES, [Request([1], seed) for seed in range(12)], sampling, 4))
+    assert len({answer.new_tokens for answer in got}) > 3
+    assert [answer.index for answer in got] == list(range(12))
+
+
 def test_no_requests_have_no_answers() -> None:
     assert list(answers(small_model(), BYTES, [], SamplingConfig(), 4)) == []
 

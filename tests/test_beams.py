@@ -105,3 +105,38 @@ def test_the_search_goes_on_while_a_longer_text_could_still_be_better() -> None:
             stop_tokens=[0],
         )
         assert found[0].tokens == best.tokens
+
+
+def searched_to_the_end(
+    model: NoPEGPT, prompt: list[int], length: int, penalty: float, stop: int, beams: int
+) -> list[list[int]]:
+    """The best texts of a search that never ends early, every prefix read anew."""
+    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    found: list[tuple[float, list[int]]] = []
+    for size in range(1, length + 1):
+        grown = []
+        for total, tokens in live:
+            logits = model(torch.tensor([prompt + tokens]))[0, -1].detach()
+            every = torch.log_softmax(logits.double(), dim=-1).tolist()
+            grown += [(total + value, [*tokens, token]) for token, value in enumerate(every)]
+        grown = sorted(grown, reverse=True)[: 2 * beams]
+        found += [(total / size**penalty, each) for total, each in grown if each[-1] == stop]
+        live = [(total, each) for total, each in grown if each[-1] != stop][:beams]
+    found += [(total / length**penalty, each) for total, each in live]
+    return [tokens for _, tokens in sorted(found, reverse=True)[:beams]]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_a_search_that_ends_early_finds_what_one_to_the_end_finds(penalty: float) -> None:
+    for seed in range(10):
+        model = sharp_model(seed)
+        found = beam_search(
+            model,
+            [2],
+            SamplingConfig(max_tokens=5),
+            num_beams=2,
+            length_penalty=penalty,
+            stop_tokens=[0],
+        )
+        expected = searched_to_the_end(model, [2], 5, penalty, 0, 2)
+        assert [item.tokens for item in found] == expected

@@ -491,6 +491,7 @@ def test_what_is_settled_by_other_settings_is_no_difference() -> None:
         ("pretrain", ["--dropout=1"], None, "--dropout is 1.0, and must be below 1", ""),
         ("pretrain", ["--learning-rate=0"], None, "--learning-rate is 0.0, and must be", ""),
         ("pretrain", ["--learning-rate=nan"], None, "must be a finite number", ""),
+        ("pretrain", ["--learning-rate=inf"], None, "must be a finite number", ""),
         ("pretrain", ["--schedule=up"], None, "--schedule is up, and must be one of const", ""),
         ("tune", ["--lora_rank=0"], None, "--rank is 0, and must be at least 1", ""),
         ("generate", ["--top-p=2"], None, "--top-p is 2.0, and must be at most 1", ""),

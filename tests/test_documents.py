@@ -30,6 +30,12 @@ TEXT = Schema("text", ("text",))
 CHAT = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi.\n"}]
 
 
+def test_the_same_messages_of_which_other_answers_are_trained_are_another_document() -> None:
+    asked, answered = {"prompt": CHAT[:1], "completion": CHAT[1:]}, {"messages": CHAT}
+    documents = [document_of(asked, COMPLETIONS), document_of(answered, MESSAGES)]
+    assert canonical(documents[0]) != canonical(documents[1])
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [

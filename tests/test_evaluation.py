@@ -61,7 +61,7 @@ def test_every_token_is_predicted_once_at_every_length(length):
             assert float(own[place]) == pytest.approx(by_hand, abs=1e-5)
 
 
-@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize("stride", [1, 3, 5, 8])
 def test_a_sliding_window_sees_all_but_a_stride(stride):
     model, length = small_model(), 8
     spans = spans_of(TEXT, 32, 2)

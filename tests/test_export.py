@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,10 @@ from small_chats import dataset_of, questions, tuned
 from torch import Tensor
 
 from nope_gpt import hub
-from nope_gpt.config import ExportConfig
+from nope_gpt import transformers_layout as layouts
+from nope_gpt.config import ExportConfig, ModelConfig
 from nope_gpt.errors import CapacityError, NopeError, UsageError
-from nope_gpt.export import exporting, hub_files, parity, transformers_files
+from nope_gpt.export import exporting, hub_files, parity, readers, transformers_files
 from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.exporting import export
 from nope_gpt.export.readers import OwnReader, TransformersReader
@@ -551,6 +553,66 @@ def test_the_gate_tells_of_the_largest_error(model: Path, tmp_path: Path) -> Non
     assert f"largest error {report.largest_error:.1e} of logits up to" in report.line
     assert report.line.startswith("read by transformers 5.")
     assert "its logits are off by" in report.complaints[0]
+
+
+def one_lower(logits: Tensor) -> Tensor:
+    logits[200, 7] -= 0.5
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance", "complaints"),
+    [
+        (lambda logits: logits, readers.EXACT, []),
+        (lambda logits: logits - 0.25, readers.EXACT, ["its logits are off by 0.25"]),
+        (one_lower, readers.EXACT, ["its logits are off by 0.5", "its distributions diverge by"]),
+        (lambda logits: logits * 1.5, readers.Tolerance(None, 1e-3), ["its distributions diverge"]),
+        (lambda logits: logits * 1.001, readers.Tolerance(None, 1e-3), []),
+        (
+            lambda logits: logits * torch.nan,
+            readers.EXACT,
+            ["its logits are not finite", "its logits are off by nan", "its distributions diverge"],
+        ),
+    ],
+)
+def test_the_gate_judges_every_logit_and_what_they_say_together(
+    model: Path,
+    change: Callable[[Tensor], Tensor],
+    tolerance: readers.Tolerance,
+    complaints: list[str],
+) -> None:
+    class Reader(readers.OwnReader):
+        def logits(self, tokens: Sequence[int]) -> Tensor:
+            return change(super().logits(tokens).clone())
+
+    source = source_of(model)
+    reader = Reader(source.reference, source.tokenizer)
+    reader.tolerance = tolerance
+    found = parity.compare(source, reader).complaints
+    assert len(found) == len(complaints)
+    for complaint, expected in zip(found, complaints, strict=True):
+        assert complaint.startswith(expected)
+
+
+def test_the_gate_compares_weights_also_where_no_logit_would_show_it(model: Path) -> None:
+    source = source_of(model)
+    reader = OwnReader(copy.deepcopy(source.reference), source.tokenizer)
+    name = "decoder.layers.0.attention.q_proj.weight"
+    weight = reader.model.get_parameter(name).data
+    weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+    assert parity.compare(source, reader).complaints == (f"{name} has other numbers",)
+
+
+@pytest.mark.parametrize("layout", ["arcee", "llama"])
+def test_what_transformers_is_told_of_a_model_is_read_again(layout: str) -> None:
+    config = ModelConfig(**SETTINGS | {"num_kv_heads": 2, "dropout": 0.25})
+    more = {"trained_context_length": 77, "first_token": 3}
+    told = layouts.settings(
+        config, layout, dtype="float32", context_length=99, ends=[1], pad=0, **more
+    )
+    found = layouts.own_settings(told, "here")
+    assert {name: found.pop(name) for name in more} == more
+    assert config.changed(**found) == config
 
 
 @pytest.mark.slow

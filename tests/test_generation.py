@@ -259,3 +259,13 @@ def test_a_cache_grows_with_what_it_holds_up_to_its_capacity() -> None:
         model.predict(torch.zeros(1, length, dtype=torch.long), cache)
         sizes.append(cache.num_allocated)
     assert sizes == [512, 512, 1112, 3112, 5000, 5000]
+
+
+def test_a_cache_that_has_grown_has_what_it_held() -> None:
+    model = small_model()
+    cache = model.new_cache(5000)
+    tokens = torch.randint(0, 61, (1, 520), generator=torch.Generator().manual_seed(0))
+    model.predict(tokens[:, :510], cache)
+    logits = model.predict(tokens[:, 510:], cache)
+    assert cache.num_allocated > 512
+    torch.testing.assert_close(logits, model(tokens)[:, -1].detach(), rtol=0, atol=1e-5)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from nope_gpt.errors import MissingError, NetworkError, NopeError
 from nope_gpt.hub import load
-from nope_gpt.locating import locate
+from nope_gpt.locating import INDEX, RANKS, WEIGHTS, is_whole, locate
 from nope_gpt.model import NoPEGPT
+from nope_gpt.tokenization import BaseTokenizer
 
 MULTI_HEAD = SETTINGS | {"num_kv_heads": 6}
 
@@ -156,6 +157,12 @@ def damaged_tensors(path: Path, change: Any) -> None:
             lambda t: t.update({"token_embeddings.weight": torch.ones(61, 48)}),
             "must be tied",
         ),
+        (
+            lambda t: t.update(
+                {name.replace("0", "3"): x.clone() for name, x in t.items() if ".0." in name}
+            ),
+            "config.json has no place for decoder.layers.3",
+        ),
     ],
 )
 def test_tensors_that_are_not_the_network_are_refused_by_name(
@@ -223,9 +230,29 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "out")
 
 
-def test_a_name_that_is_no_model_says_what_would_be(tmp_path: Path) -> None:
+def test_an_index_of_weights_reads_nothing_outside_of_its_directory(tmp_path: Path) -> None:
+    tensors = write_published(tmp_path / "model")
+    (tmp_path / "model" / WEIGHTS).rename(tmp_path / "elsewhere.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "../elsewhere.safetensors")}
+    (tmp_path / "model" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(NopeError, match="this is not a whole safetensors file") as caught:
+        load(tmp_path / "model")
+    assert caught.value.where == str(tmp_path / "model" / "elsewhere.safetensors")
+
+
+@pytest.mark.parametrize("missing", ["config.json", WEIGHTS, "tokenizer.json", RANKS])
+def test_a_download_that_lacks_a_file_is_not_whole(tmp_path: Path, missing: str) -> None:
+    write_published(tmp_path / "model")
+    BaseTokenizer.train(["a text of some variety"], 260).save(tmp_path / "model")
+    assert is_whole(tmp_path / "model")
+    (tmp_path / "model" / missing).unlink()
+    assert not is_whole(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["nothing", "/nothing", "no/such/thing"])
+def test_a_name_that_is_no_model_says_what_would_be(name: str) -> None:
     with pytest.raises(MissingError, match="there is no such model") as caught:
-        locate(tmp_path / "nothing")
+        locate(name)
     assert "NoPE-GPT-400M-Chat" in str(caught.value)
 
 

@@ -46,6 +46,14 @@ def test_merged_weights_compute_what_the_adapters_compute() -> None:
     assert (merged(TOKENS) - small_model()(TOKENS)).abs().max() > 0.1
 
 
+def test_merged_weights_keep_the_dtype_they_had() -> None:
+    model = randomized(small_model())
+    base = small_model().to(torch.bfloat16).state_dict()
+    trained = {name: x for name, x in model.state_dict().items() if "lora" in name}
+    merged = lora.merged(base, trained, alpha=0.7)
+    assert {name: x.dtype for name, x in merged.items()} == dict.fromkeys(base, torch.bfloat16)
+
+
 def test_an_adapter_adds_alpha_times_b_times_a() -> None:
     model = small_model()
     weight = model.decoder.layers[0].attention.q_proj.weight.clone()

@@ -70,6 +70,17 @@ def test_the_first_loss_is_that_of_a_uniform_guess(width: int, vocabulary_size: 
     assert loss == pytest.approx(math.log(vocabulary_size), rel=0.03)
 
 
+def test_matrices_keep_the_spread_of_what_they_read_and_the_writers_share_one_unit() -> None:
+    model = small_model(embedding_dimensions=128, num_decoder_layers=3, hidden_ratio=3)
+    generator = torch.Generator().manual_seed(1)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            read = torch.randn(500, module.in_features, generator=generator)
+            writes = name.endswith(("out_proj", "down"))
+            expected = 1 / 6 if writes else 1.0
+            assert module(read).var().item() == pytest.approx(expected, rel=0.1), name
+
+
 def test_the_seeds_initialization_starts_far_from_a_uniform_guess() -> None:
     model = small_model(embedding_dimensions=256)
     initialization.seed(model)
@@ -145,6 +156,41 @@ def test_rows_are_read_in_any_order_and_in_part() -> None:
         logits = model.predict(newest[rows], cache, rows)
         expected = torch.stack([alone[row] for row in rows])
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_several_tokens_of_rows_of_unequal_length_are_read_as_each_row_alone_reads_them() -> None:
+    model = small_model()
+    prompts = [torch.arange(length)[None] for length in (3, 7)]
+    for count in (2, 3):
+        newest = torch.arange(2 * count).view(2, count)
+        cache = model.new_cache(16, 2)
+        for row, prompt in enumerate(prompts):
+            model.predict(prompt, cache, [row])
+        logits = model.predict(newest, cache)
+        for row, prompt in enumerate(prompts):
+            expected = model(torch.cat([prompt, newest[row : row + 1]], dim=1))[0, -1].detach()
+            torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "recomputed"),
+    [(0.0, [0, 0, 0, 0]), (0.25, [0, 0, 0, 1]), (0.5, [0, 1, 0, 1]), (1.0, [1, 1, 1, 1])],
+)
+def test_the_share_of_blocks_that_is_recomputed_is_spread_evenly(
+    fraction: float, recomputed: list[int]
+) -> None:
+    model = small_model(num_decoder_layers=4).train()
+    model.decoder.enable_activation_checkpointing(fraction)
+    calls = [0] * 4
+    for index, layer in enumerate(model.decoder.layers):
+
+        def count(*_: object, index: int = index) -> None:
+            calls[index] += 1
+
+        layer.register_forward_pre_hook(count)
+    tokens = torch.arange(20).unsqueeze(0)
+    model(tokens, tokens + 1).backward()
+    assert [number - 1 for number in calls] == recomputed
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:

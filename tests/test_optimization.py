@@ -13,14 +13,17 @@ from nope_gpt.training.optimization import make_optimizers
 from nope_gpt.training.schedules import rate_fraction
 
 
-@pytest.mark.parametrize("gradient_scale", [1e-6, 1.0, 1e3])
-def test_adafactor_moves_as_torchs_own(gradient_scale: float) -> None:
+@pytest.mark.parametrize(
+    ("size", "gradient_scale", "rate"),
+    [(0.1, 1e-6, 0.01), (0.1, 1.0, 0.01), (0.1, 1e3, 0.01), (1e-4, 1.0, 0.01), (0.1, 1.0, 0.5)],
+)
+def test_adafactor_moves_as_torchs_own(size: float, gradient_scale: float, rate: float) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(16, 32), (40, 8), (24,), (1, 5)]
-    ours = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.1) for s in shapes]
+    ours = [torch.nn.Parameter(torch.randn(s, generator=generator) * size) for s in shapes]
     theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
-    one = Adafactor(ours, lr=1e-2, weight_decay=0.1)
-    other = torch.optim.Adafactor(theirs, lr=1e-2, weight_decay=0.1)
+    one = Adafactor(ours, lr=rate, weight_decay=0.1)
+    other = torch.optim.Adafactor(theirs, lr=rate, weight_decay=0.1)
     for _ in range(30):
         for weight, twin in zip(ours, theirs, strict=True):
             weight.grad = torch.randn(weight.shape, generator=generator) * gradient_scale

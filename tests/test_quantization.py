@@ -72,3 +72,14 @@ def test_integers_are_half_the_bytes_and_are_not_trained() -> None:
     assert integers * 4 == before
     assert model.num_trainable_params == 0
     assert len(list(model.generate(torch.tensor([1, 2]), max_tokens=3))) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_all_but_the_integers_is_computed_in_the_dtype_that_is_asked_for(
+    dtype: torch.dtype,
+) -> None:
+    model = small_model().quantize(dtype)
+    tokens = torch.arange(20)[None]
+    seen = {0: model.token_embeddings(tokens)}
+    logits = model.logits(model.decoder(seen[0], seen=seen))
+    assert {x.dtype for x in (*seen.values(), logits, model.new_cache(8).memory)} == {dtype}

@@ -328,6 +328,14 @@ def test_folders_that_only_look_like_checkpoints_are_passed_over(tmp_path: Path)
     assert checkpoints.newest(tmp_path) == tmp_path / "step-1"
 
 
+def test_the_newest_checkpoint_is_that_of_the_most_steps_and_not_of_the_last_name(
+    tmp_path: Path,
+) -> None:
+    for step in (9, 10):
+        saver(tmp_path).write(snapshot(step))
+    assert checkpoints.newest(tmp_path) == tmp_path / "step-10"
+
+
 def test_pruning_keeps_every_so_many_and_never_counts_the_damaged(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints"
     one = saver(path, keep=9)
@@ -509,6 +517,10 @@ def test_losses_are_judged_by_those_before_them() -> None:
         assert judge(3.0, float("inf"), recent, on_spike) == Verdict.NOT_FINITE
         assert (4.0 in recent) == (on_spike in ("ignore", "warn"))
     assert judge(9.0, 1.0, calm[: guards.FEWEST - 1], "skip") == Verdict.UPDATE, "too early"
+    assert judge(9.0, 1.0, calm[: guards.FEWEST], "skip") == Verdict.SKIP
+    still = [3.0] * guards.WINDOW
+    assert judge(3.09, 1.0, still, "skip") == Verdict.UPDATE, "so small a jump is none"
+    assert still == [*[3.0] * (guards.WINDOW - 1), 3.09]
 
 
 def spiked(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> None:

@@ -23,7 +23,7 @@ from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.model import NoPEGPT
-from nope_gpt.rotary import BASE, turned
+from nope_gpt.rotary import turned
 
 HEADS = {name: SHAPE[name] for name in ("num_q_heads", "num_kv_heads")}
 
@@ -41,7 +41,7 @@ def test_pairs_are_turned_as_complex_numbers_are() -> None:
     x = torch.randn(2, 3, 7, 10, generator=torch.Generator().manual_seed(0))
     pairs = torch.complex(x[..., :5].double(), x[..., 5:].double())
     place, pair = torch.arange(7.0)[:, None], torch.arange(5.0)
-    angles = (place * BASE ** (-pair / 5)).double()
+    angles = (place * 10_000.0 ** (-pair / 5)).double()
     expected = pairs * torch.polar(torch.ones_like(angles), angles)
     by_hand = torch.cat([expected.real, expected.imag], dim=-1).float()
     torch.testing.assert_close(turned(x), by_hand, atol=1e-5, rtol=1e-5)

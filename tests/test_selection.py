@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nope_gpt.data import units
 from nope_gpt.data.deduplication import BYTES_PER_DOCUMENT, repeated
 from nope_gpt.data.reading import PLAIN_TEXT, Selection, Span
 from nope_gpt.data.report import statistics
 from nope_gpt.data.sources import File, Share
-from nope_gpt.data.units import DOCUMENTS, holdout
+from nope_gpt.data.units import DOCUMENTS, WorkFile, holdout
 from nope_gpt.errors import UsageError
 
 
@@ -147,14 +148,32 @@ def test_what_is_left_out_is_not_held_out_either() -> None:
     assert (holdout(positions, keep, 0.01) & keep).tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_what_is_left_out_is_neither_the_lowest_nor_the_highest(fraction: float) -> None:
+    positions = np.array([10, 2**63, 2**63 + 4096, 2**64 - 1], np.uint64)
+    keep = np.array([False, True, True, False])
+    assert (holdout(positions, keep, fraction) & keep).tolist() == [False, True, False, False]
+
+
+def test_what_a_work_file_collects_is_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "WRITE_SIZE", 10)
+    arrays = [np.arange(number, dtype=np.uint16) for number in range(9)]
+    with WorkFile(tmp_path / "work") as file:
+        for array in arrays:
+            file.add(array)
+    assert (tmp_path / "work").read_bytes() == np.concatenate(arrays).tobytes()
+
+
 def test_statistics_add_up_units_of_any_lengths() -> None:
     counts = {"documents": 2, "holdout_documents": 1, "tokens": 9, "text_bytes": 30, "cut": 1}
     counts |= {"duplicates": 1, "dropped": 0}
-    units = [
+    of_units = [
         counts | {"refused": {"no text": [2, "a:1"]}, "lengths": [1, 0, 1]},
         counts | {"refused": {"no text": [3, "b:7"], "no answer": [1, "b:9"]}, "lengths": [2]},
     ]
-    found = statistics(units)
+    found = statistics(of_units)
     assert found == {name: 2 * count for name, count in counts.items()} | {
         "refused": {
             "no text": {"count": 5, "first": "a:1"},

@@ -331,6 +331,7 @@ def test_every_plan_fits_in_memory_and_time_and_is_the_whole_of_a_run(memory, co
         assert training_memory(work).peak <= plan.usable == usable_memory(memory)
         assert work.batch_size * work.gradient_accumulation_steps % work.gpus == 0
         assert work.tokens_per_step * (plan.steps - 1) < plan.tokens
+        assert plan.tokens <= work.tokens_per_step * plan.steps
         assert plan.tokens == 20 * count_parameters(work).total
         if name == "best in the time":
             assert plan.seconds <= config.days * 86400
@@ -392,6 +393,12 @@ def test_what_fits_no_shape_is_refused_with_the_largest_part_and_a_command_that_
         "optimizer, 26.5 MB"
     )
     assert error.where == "--memory 100MB"
+
+
+def test_on_a_cpu_a_checkpoint_that_is_being_written_has_to_fit_too():
+    for plan in Planner(SizeConfig(device="cpu"), 8 * 10**9, Machine()).plans():
+        weights_and_an_average = 2 * 4 * count_parameters(plan.work).matrices
+        assert plan.memory.peak + weights_and_an_average <= plan.needed <= plan.usable
 
 
 def test_the_least_change_that_fits_is_offered():

@@ -112,6 +112,7 @@ def test_a_million_blanks_are_taken_where_tiktoken_gives_up() -> None:
         ("", []), (" ", []), ("  ", [(0, 2)]), ("   ", [(0, 3)]), ("a  b", []), ("a   b", [(1, 3)]),
         ("a  ", [(1, 3)]), ("a   b  ", [(1, 3), (5, 7)]), ("    a", [(0, 3)]),
         ("🙂   🙂  ", [(1, 3), (5, 7)]), ("a\n\n\n\nb\t\t\tc", [(1, 4), (6, 8)]),
+        ("a\U00012000\U00012000\U00012000b", []),  # Letters, whose lower bits are a blank's.
     ],
 )  # fmt: skip
 def test_the_runs_that_stand_apart(text: str, runs: list[tuple[int, int]]) -> None:

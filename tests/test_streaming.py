@@ -78,6 +78,12 @@ def test_a_stop_text_ends_the_answer_before_it() -> None:
     assert pieces.statistics.reason == "stop"
 
 
+def test_what_is_held_back_is_shown_when_the_text_ends_before_the_stop_is_whole() -> None:
+    sampling = SamplingConfig(stop=("! And",), compile="off", temperature=0.0)
+    pieces = TextStream(speaker("hé!"), TOKENIZER, TOKENIZER.tokenize("\n"), sampling)
+    assert text_of(pieces) == "hé!"
+
+
 def test_a_stream_is_a_text_for_programs() -> None:
     written = "".join(generate_text(speaker("hé!"), TOKENIZER, "\n", temperature=0, compile="off"))
     assert written == "hé!"

@@ -112,6 +112,7 @@ def test_every_fault_of_a_tool_is_told_to_the_model(file: Path) -> None:
     assert run(file, "leave") == {"error": "it ended with 7"}
     begun = time.monotonic()
     assert run(file, "sleep", 0.5, seconds_=1) == {"error": "sleep: no parameter seconds_"}
+    assert run(file, "shout", text="a", loud=1) == {"error": "shout: no parameter loud"}
     assert run(file, "sleep", 1.0, seconds=60.0) == {"error": "sleep took more than 1 seconds"}
     assert time.monotonic() - begun < 20
     assert run(file, "shout") == {"error": "shout: the argument text is missing"}

@@ -315,6 +315,29 @@ def test_a_loss_that_is_not_finite_updates_and_saves_nothing(dataset: Path, tmp_
     assert not (tmp_path / "pretrain" / "checkpoints").exists()
 
 
+def test_gradients_that_are_no_numbers_move_no_weight(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trainer.forward_backward
+
+    def spoiling(self: Trainer, *arguments: Any) -> Outcome:
+        outcome = real(self, *arguments)
+        if self.progress.step == 2:
+            self.trained[0].grad.fill_(nan)
+        return outcome
+
+    monkeypatch.setattr(Trainer, "forward_backward", spoiling)
+    done = small_run(dataset, tmp_path)
+    assert len(done.notices) == 1
+    for name, weight in load_file(done.checkpoints[-1] / "model.safetensors").items():
+        assert weight.isfinite().all(), name
+
+
+def test_each_checkpoint_is_saved_once(dataset: Path, tmp_path: Path) -> None:
+    done = small_run(dataset, tmp_path, max_steps=7)
+    assert [path.name for path in done.checkpoints] == ["step-3", "step-6", "step-7"]
+
+
 def test_checkpoint_path_of_the_old_scripts_means_a_directory(
     dataset: Path, tmp_path: Path
 ) -> None:
