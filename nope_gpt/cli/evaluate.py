@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nope_gpt.cli.findings import columns, estimate, shown
 from nope_gpt.cli.options import JSON, configured, option
+from nope_gpt.cli.reading import read_text
 from nope_gpt.cli.terminal import progress_bar, result, say, talk, waiting
 from nope_gpt.config import EvaluateConfig
 from nope_gpt.errors import UsageError
@@ -239,27 +240,6 @@ def text_of(config: EvaluateConfig, tokenizer: BaseTokenizer) -> Tensor:
         )
     stream = TokenStream(dataset, holdout=True)
     return torch.from_numpy(stream.read(0, len(stream)))
-
-
-def read_text(name: str) -> str:
-    """A file, or for - standard input.
-
-    Raises:
-        MissingError: It cannot be read.
-        UsageError: It is no text.
-    """
-    import sys
-
-    from nope_gpt.errors import MissingError
-
-    try:
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise MissingError(f"cannot be read: {error.strerror}", where=name) from None
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"this is no text in UTF-8: byte {error.start:,}", where=name) from None
 
 
 @contextmanager

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nope_gpt.cli.options import JSON, argument, configured, option
+from nope_gpt.cli.reading import read_text
 from nope_gpt.cli.terminal import result, say
 from nope_gpt.config import GenerateConfig
-from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.errors import UsageError
 
 if TYPE_CHECKING:
     from nope_gpt.model import NoPEGPT
@@ -207,15 +208,7 @@ def write_beams(
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     """The prompt from wherever it was given."""
     if prompt_file is not None:
-        try:
-            return Path(prompt_file).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise MissingError("there is no such prompt file", where=prompt_file) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise NopeError(f"the prompt cannot be read: {error}", where=prompt_file) from None
+        return read_text(prompt_file)
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        try:
-            return sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise NopeError(f"the prompt is not UTF-8: {error}", where="standard input") from None
+        return read_text("-")
     return prompt or ""

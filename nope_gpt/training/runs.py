@@ -19,6 +19,7 @@ from nope_gpt import __version__
 from nope_gpt.artifacts import (
     DAMAGE,
     is_leftover,
+    plain,
     read_manifest,
     verify,
     write_file,
@@ -60,8 +61,11 @@ class Run:
 
 def run_path(root: str, name: str) -> Path:
     """The directory of a run."""
-    if not name or Path(name).name != name:
-        raise UsageError(f"--run-name is {name!r}, and must be a plain name")
+    if plain(name) != name:
+        raise UsageError(
+            f"--run-name is {name!r}, and must be a plain name",
+            hint="use letters, digits, dots, dashes and underscores",
+        )
     return Path(root).expanduser() / name
 
 
