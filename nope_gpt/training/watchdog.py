@@ -99,7 +99,7 @@ class Watchdog:
                 return
             lost = NopeError("the process that started the ranks is gone", where=self.name)
             print(f"error: {lost}", file=sys.stderr, flush=True)
-            signal.raise_signal(signal.SIGTERM)  # The training loop ends in a checkpoint.
+            os.kill(os.getpid(), signal.SIGTERM)  # The training loop ends in a checkpoint.
             if not self.is_over.wait(self.timeout):
                 self.end(lost)
 
