@@ -1,21 +1,27 @@
 # Everything runs in a virtual environment of its own, .venv, made on first use.
 
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CONSTRAINTS ?= constraints.txt
 TESTS ?= tests
 JOBS ?= auto
 PYTEST_RUN := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup quickstart test test-slow coverage hooks ci test-online test-llama mutants check fix docs site clean
+.PHONY: help setup quickstart test test-slow coverage hooks ci test-online test-llama mutants check fix docs site dist dist-check clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[dev,docs]'
 	@touch $@
+
+build/oldest.txt: pyproject.toml  # For CONSTRAINTS: the oldest versions that it allows.
+	@mkdir -p build
+	$(PYTHON) tests/oldest.py > $@
 
 setup: .venv/installed  ## Make the virtual environment and install into it
 
@@ -42,7 +48,7 @@ test-online: setup  ## First contact with the real Hub: both published models
 	$(BIN)/python -m pytest -m online $(PYTEST) $(TESTS)
 
 test-llama: setup  ## Install llama.cpp, which compiles for minutes, and run the tests that need it
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
+	$(INSTALL) -c $(CONSTRAINTS) llama-cpp-python
 	$(BIN)/python -m pytest -m llama $(PYTEST) $(TESTS)
 
 mutants: setup  ## Plant faults, `MODULES="attention hub"` for some, and see the tests catch them
@@ -64,5 +70,14 @@ docs: setup  ## Write the generated docs
 site: setup  ## Make the site of README and docs in build/site
 	$(BIN)/mkdocs build --strict
 
-clean:  ## Remove the virtual environment and caches
-	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+dist: setup  ## Build the sdist, and from it the wheel, into dist/
+	$(INSTALL) -c $(CONSTRAINTS) build twine
+	rm -rf dist
+	PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) $(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+dist-check: dist  ## Install the wheel alone elsewhere, and make a model with it
+	$(BIN)/python tests/dist_check.py $(CONSTRAINTS)
+
+clean:  ## Remove the virtual environment, what was built, and caches
+	rm -rf .venv build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -167,7 +167,12 @@ def array_file(path: Path, dtype: np.dtype[Any], length: int) -> Iterator[ArrayF
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as readable JSON in one step."""
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, in_json(value))
+
+
+def in_json(value: Any) -> bytes:
+    """A value as JSON for people, the same on every system."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextmanager
@@ -201,9 +206,8 @@ def publish(
             files = sorted(file for file in temporary.iterdir())
             if manifest is not None:
                 listing = {file.name: describe(file) for file in files}
-                text = json.dumps(manifest | {"files": listing}, indent=2, ensure_ascii=False)
                 files.append(temporary / MANIFEST)
-                files[-1].write_text(text + "\n", encoding="utf-8")
+                files[-1].write_bytes(in_json(manifest | {"files": listing}))
             for file in files:
                 sync(file)
             sync(temporary)
@@ -267,7 +271,7 @@ def replace_directory(new: Path, path: Path) -> None:
     if old.is_symlink() or old.is_file():
         old.unlink()
     else:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # Windows and NFS keep what another process reads.
 
 
 def is_artifact(path: Path) -> bool:
@@ -289,6 +293,11 @@ def is_kind(path: Path, kind: str) -> bool:
 def beside(path: Path, kind: str) -> Path:
     """A name beside a place that no other process has, on this machine or another."""
     return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def plain(name: str) -> str:
+    """A name as a part of a directory's name, on every system."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
 
 
 def is_leftover(path: Path) -> bool:

@@ -70,7 +70,7 @@ def beam_search(
 
     for length in range(1, sampling.max_tokens + 1):
         totals = torch.tensor([total for _, total in live], dtype=torch.float64)
-        every = torch.log_softmax(logits.double(), dim=-1).cpu() + totals[:, None]
+        every = torch.log_softmax(logits.cpu().double(), dim=-1) + totals[:, None]
         count = min(num_beams * (1 + len(stop_tokens)), every.numel())
         values, places = torch.topk(every.flatten(), count)
         grown: list[tuple[list[int], float]] = []

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import math
+import mmap
 import os
 import secrets
 import sys
@@ -167,10 +168,10 @@ def memory_in_use(device: torch.device) -> int | None:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
     except OSError:
         return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return pages * mmap.PAGESIZE
 
 
 def memory_of(device: torch.device) -> int:
@@ -193,8 +194,10 @@ def memory_left(device: torch.device) -> int | None:
     """Bytes that new tensors can take, or None if that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     sizes = dict(line.split(":", 1) for line in lines)

@@ -244,8 +244,9 @@ def refuse_to_change(path: Path) -> None:
     Raises:
         UsageError: It is a checkpoint, whose files have their sha256, or a download.
     """
-    if (path / MANIFEST).is_file() or (path / CONFIG).is_symlink():
-        kind = "a checkpoint" if (path / MANIFEST).is_file() else "a download"
+    is_checkpoint = (path / MANIFEST).is_file()
+    if is_checkpoint or path.parent.parent.name.startswith("models--"):  # In the Hub's cache.
+        kind = "a checkpoint" if is_checkpoint else "a download"
         raise UsageError(
             f"this is {kind}, and its files stay as they are",
             where=str(path),

@@ -334,7 +334,7 @@ def complaint() -> str:
     if isinstance(path, str):
         return path
     try:
-        lines = log_of(path).read_text(errors="replace").splitlines()
+        lines = log_of(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return f"{path.parent} cannot be written"
     return next((line for line in lines if "error" in line), "the compiler failed")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Self
 
 ENDING = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")  # The last is Windows' own.
+    if hasattr(signal, name)
 ]
 
 
@@ -38,7 +39,7 @@ class StopRequest:
         """Handle a signal."""
         if self.signal:
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         self.signal = number
 
 

@@ -26,8 +26,8 @@ def save(path: Path, messages: Sequence[Message], facts: Mapping[str, Any]) -> N
 
 def add(path: Path, messages: Sequence[Message], facts: Mapping[str, Any]) -> None:
     """Add a conversation to a file of several."""
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(line_of(messages, facts))
+    with writing(path), path.open("ab") as file:
+        file.write(line_of(messages, facts).encode())
 
 
 def line_of(messages: Sequence[Message], facts: Mapping[str, Any]) -> str:
@@ -43,7 +43,8 @@ def load(path: Path) -> list[Message]:
         NopeError: It holds something else.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not at what str.splitlines takes for the end of a line: JSON has it within texts.
+        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
         return messages_of(json.loads(lines[-1])["messages"])
     except FileNotFoundError:
         raise MissingError("there is no such transcript", where=str(path)) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import pkgutil
-import resource
 import subprocess
 import sys
 from importlib import import_module
@@ -102,6 +101,7 @@ def test_the_command_line_the_config_and_the_calculator_start_without_torch(name
 @pytest.mark.parametrize("arguments", [["--help"], ["size", "--memory", "24GB"]])
 def test_help_and_size_answer_in_under_three_tenths_of_a_second(arguments: list[str]) -> None:
     # Processor time, the best of several: the clock on the wall also counts the neighbours.
+    resource = pytest.importorskip("resource")
     spent = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

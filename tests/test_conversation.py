@@ -209,7 +209,11 @@ def test_a_base_model_continues_each_message() -> None:
 
 
 def test_a_transcript_comes_back_and_is_data_to_tune_on(tmp_path: Path) -> None:
-    messages = [said("system", "Be kind."), said("user", "Hi 😀\n"), said("assistant", "ok")]
+    messages = [
+        said("system", "Be kind."),
+        said("user", "Hi 😀\n\u2028.\x85"),
+        said("assistant", "ok"),
+    ]
     path = tmp_path / "chat.jsonl"
     transcripts.save(path, messages, {"model": "m", "seed": None})
     assert transcripts.load(path) == messages

@@ -270,9 +270,10 @@ error: the tokens per sample changed since the run began: it was 16, and is now 
 
 $ nope pretrain --config tiny.toml --dataset text --run-name a/b  [2]
 error: --run-name is 'a/b', and must be a plain name
+  next:  use letters, digits, dots, dashes and underscores
 
 $ nope pretrain --config tiny.toml --dataset text --run-dir-path file  [1]
-error: this run's settings cannot be read: …
+error: this run's settings are damaged (…
   where: file/pretrain/run.json
 
 $ nope pretrain --dataset text --run-name spoiled --resume  [3]
@@ -481,12 +482,13 @@ error: this is a dataset, not a checkpoint
   where: datasets/text
 
 $ nope generate --prompt-file none  [3]
-error: there is no such prompt file
+error: there is no such file
   where: none
 
 $ nope generate --prompt-file latin.txt  [1]
-error: the prompt cannot be read: …
+error: byte … is not UTF-8 (…)
   where: latin.txt
+  next:  convert the file first, for example: iconv -f latin1 -t utf-8 OLD > NEW
 
 $ nope pretrain --config none.toml  [3]
 error: there is no such settings file

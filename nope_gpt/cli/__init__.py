@@ -76,8 +76,8 @@ def nope(
 def main(arguments: list[str] | None = None) -> None:
     """Run `nope` with the arguments of the process, old spellings included."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
-            stream.reconfigure(errors="replace")  # No character is worth an end half-way.
+        if isinstance(stream, io.TextIOWrapper):
+            settle(stream)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # Read when torch is imported.
     with friendly():
@@ -88,6 +88,14 @@ def main(arguments: list[str] | None = None) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and type(ended.code) is int:
             leave(ended.code)
         raise
+
+
+def settle(stream: io.TextIOWrapper) -> None:
+    """Write to files and pipes the same bytes on every system, in UTF-8 as all that is read."""
+    if not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
+        stream.reconfigure(encoding="utf-8", errors=stream.errors, newline="\n")
+    elif stream.encoding.lower() != "utf-8":
+        stream.reconfigure(errors="replace")  # No character is worth an end half-way.
 
 
 GRACE = 1.0

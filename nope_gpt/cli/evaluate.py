@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from nope_gpt.cli.findings import columns, estimate, shown
 from nope_gpt.cli.options import JSON, configured, option
-from nope_gpt.cli.terminal import progress_bar, read_text, result, say, talk, waiting
+from nope_gpt.cli.reading import read_text
+from nope_gpt.cli.terminal import progress_bar, result, say, talk, waiting
 from nope_gpt.config import EvaluateConfig
 from nope_gpt.errors import UsageError
 

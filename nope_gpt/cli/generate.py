@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nope_gpt.cli.options import JSON, argument, configured, option
-from nope_gpt.cli.terminal import read_text, result, say
+from nope_gpt.cli.reading import read_text
+from nope_gpt.cli.terminal import result, say
 from nope_gpt.config import GenerateConfig
 from nope_gpt.errors import UsageError
 

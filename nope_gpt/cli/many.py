@@ -12,9 +12,10 @@ from typing import Any
 from nope_gpt.artifacts import writing
 from nope_gpt.batching import Request, answers
 from nope_gpt.cli.loading import open_model, plan_context, seed_for
+from nope_gpt.cli.reading import read_text
 from nope_gpt.cli.terminal import Pace, progress_bar, result, say, talk
 from nope_gpt.config import GenerateConfig
-from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.sizing.units import format_seconds
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
@@ -50,13 +51,13 @@ def answer_file(config: GenerateConfig, source: Path, target: Path, *, as_json: 
         say(f"{done:,} of {len(lines):,} lines are there already")
     progress = Progress(len(lines), done)
     texts: list[dict[str, Any]] = []
-    with writing(target), target.open("a", encoding="utf-8") as file, progress:
+    with writing(target), target.open("ab") as file, progress:
         for answer in answers(model, tokenizer, requests, config, config.batch_size):
             texts.append(answer.as_dict())
             if len(texts) == config.num_samples:
                 line = lines[progress.done]
                 more = texts[0] if config.num_samples == 1 else {"samples": texts}
-                file.write(json.dumps(line | more, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line | more, ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 progress.advance(sum(text["new_tokens"] for text in texts))
                 texts = []
@@ -70,13 +71,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         MissingError: There is no such file.
         NopeError: A line is no object; names it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise MissingError("there is no such file of prompts", where=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise NopeError(f"the prompts cannot be read: {error}", where=str(path)) from None
-    return [value for _, value in objects(text, path)]
+    return [value for _, value in objects(read_text(str(path)), path)]
 
 
 def objects(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -8,13 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.errors import NopeError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -111,24 +110,6 @@ def progress_bar(console: Console) -> Progress:
         console=console,
         transient=True,
     )
-
-
-def read_text(name: str) -> str:
-    """A file, or for `-` standard input.
-
-    Raises:
-        MissingError: There is no such file, or it cannot be read.
-        UsageError: It is no text.
-    """
-    where = "standard input" if name == "-" else name
-    try:
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
-    except OSError as error:
-        raise MissingError(f"this cannot be read: {error.strerror}", where=where) from None
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"this is no text in UTF-8: byte {error.start:,}", where=where) from None
 
 
 def is_interactive() -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt import tokenization
-from nope_gpt.artifacts import FORMAT_VERSION, is_leftover
+from nope_gpt.artifacts import FORMAT_VERSION, is_leftover, plain
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data import catalog, units
 from nope_gpt.data.documents import TEXT
@@ -95,11 +95,6 @@ def source_label(names: list[str], config: PrepareConfig) -> str:
     subset = config.dataset_subset or ",".join(known.default if known else ())
     is_one = re.fullmatch(r"[\w.-]+", subset) and subset.lower() not in ("none", "all")
     return plain(f"{label}-{subset}" if is_one else label)
-
-
-def plain(name: str) -> str:
-    """A name as a part of a directory's name."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
 
 
 ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -46,6 +47,9 @@ from nope_gpt.errors import CapacityError
 
 FILES_AHEAD = 3
 """Groups of files that are fetched before they are needed."""
+
+MOST_PROCESSES = 61
+"""That Windows can wait for at once."""
 
 TICK = 0.2
 """Seconds between two looks at signals and progress."""
@@ -132,6 +136,8 @@ def workers(count: int) -> Iterator[Executor]:
     if count == 1:
         yield Serial()
         return
+    if sys.platform == "win32":
+        count = min(count, MOST_PROCESSES)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=start_worker)
     try:

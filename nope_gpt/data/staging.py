@@ -89,6 +89,8 @@ class Staging:
             yield
         finally:
             lock.release()
+            with contextlib.suppress(OSError):  # Windows removed all but the lock, being held.
+                self.path.rmdir()
 
     def lock_file(self, part: Part) -> Path:
         """What the process that has a part holds a lock on."""

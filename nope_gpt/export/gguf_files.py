@@ -284,10 +284,11 @@ def quantize_by_library(source: Path, path: Path, name: str) -> None:
 def quantize_by_program(program: str, source: Path, path: Path, name: str) -> None:
     """By llama-quantize."""
     done = subprocess.run(  # noqa: S603
-        [program, str(source), str(path), name.upper()], capture_output=True, text=True, check=False
+        [program, str(source), str(path), name.upper()], capture_output=True, check=False
     )
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        reason = (lines or ["no reason given"])[-1]
         raise NopeError(f"llama-quantize failed: {reason}", where=str(path))
 
 

@@ -163,7 +163,7 @@ def prune(directory: Path, step: int, keep: int, keep_every: int | None = None) 
     for path in found:
         is_kept_for_good = keep_every and step_of(path) % keep_every == 0 and step_of(path) <= step
         if path not in kept[:keep] and not is_kept_for_good:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # What another process reads goes next time.
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -161,7 +161,7 @@ class RunLog(Listener):
         self.path = self.directory / METRICS
         kept = [line.text for line in logged(self.path) if line.step <= step]
         write_file(self.path, "".join(kept).encode())
-        self.file: IO[str] = self.path.open("a", encoding="utf-8")
+        self.file: IO[bytes] = self.path.open("ab")
         self.writer = SummaryWriter(str(self.directory), purge_step=step + 1)
 
     def rewound(self, step: int) -> None:
@@ -219,7 +219,7 @@ class RunLog(Listener):
             for name, value in row.items()
         }
         with writing(self.path):
-            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self.file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
             self.file.flush()
 
     def ended(self) -> None:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from nope_gpt import __version__
 from nope_gpt.artifacts import (
     is_leftover,
+    plain,
     read_manifest,
     verify,
     write_file,
@@ -58,8 +59,11 @@ class Run:
 
 def run_path(root: str, name: str) -> Path:
     """The directory of a run."""
-    if not name or Path(name).name != name:
-        raise UsageError(f"--run-name is {name!r}, and must be a plain name")
+    if plain(name) != name:
+        raise UsageError(
+            f"--run-name is {name!r}, and must be a plain name",
+            hint="use letters, digits, dots, dashes and underscores",
+        )
     return Path(root).expanduser() / name
 
 
