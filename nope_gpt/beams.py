@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nope_gpt.config import SamplingConfig
 from nope_gpt.generation import LanguageModel, cache_for, checked, within_context
@@ -29,6 +30,44 @@ class Hypothesis:
     log_probability: float
     score: float
     is_finished: bool
+
+
+Beam = tuple[list[int], float]
+"""Tokens so far, and their log-probability."""
+
+
+def extended(
+    live: list[Beam],
+    logits: Tensor,
+    stop_tokens: Sequence[int] | frozenset[int],
+    num_beams: int,
+) -> tuple[list[Beam], list[int], list[Beam]]:
+    """The likeliest ways on by a token.
+
+    Args:
+        live: Those that go on, M of them.
+        logits: After each [M, V].
+        stop_tokens: What finishes one.
+        num_beams: That are to go on at most.
+
+    Returns:
+        Those that go on, the likeliest first; which of `live` each comes from; those that end.
+    """
+    totals = torch.tensor([total for _, total in live], dtype=torch.float64)
+    every = torch.log_softmax(logits.cpu().double(), dim=-1) + totals[:, None]
+    count = min(num_beams * (1 + len(stop_tokens)), every.numel())
+    grown: list[Beam] = []
+    parents: list[int] = []
+    ended: list[Beam] = []
+    for total, place in zip(*(x.tolist() for x in torch.topk(every.flatten(), count)), strict=True):
+        parent, token = divmod(place, every.size(1))
+        tokens = [*live[parent][0], token]
+        if token in stop_tokens:
+            ended.append((tokens, total))
+        elif len(grown) < num_beams:
+            grown.append((tokens, total))
+            parents.append(parent)
+    return grown, parents, ended
 
 
 def beam_search(
@@ -61,7 +100,7 @@ def beam_search(
     kept = within_context(checked(prompt, model.vocabulary_size), sampling, model.first_token)
     cache = cache_for(model, len(kept), sampling, num_beams)
     logits = model.predict(torch.tensor([kept], device=model.device), cache, [0])
-    live: list[tuple[list[int], float]] = [([], 0.0)]
+    live: list[Beam] = [([], 0.0)]
     finished: list[Hypothesis] = []
 
     def hypothesis(tokens: list[int], total: float, *, is_finished: bool) -> Hypothesis:
@@ -69,22 +108,9 @@ def beam_search(
         return Hypothesis(tokens, total, score, is_finished)
 
     for length in range(1, sampling.max_tokens + 1):
-        totals = torch.tensor([total for _, total in live], dtype=torch.float64)
-        every = torch.log_softmax(logits.cpu().double(), dim=-1) + totals[:, None]
-        count = min(num_beams * (1 + len(stop_tokens)), every.numel())
-        values, places = torch.topk(every.flatten(), count)
-        grown: list[tuple[list[int], float]] = []
-        parents: list[int] = []
-        for total, place in zip(values.tolist(), places.tolist(), strict=True):
-            parent, token = divmod(place, every.size(1))
-            tokens = [*live[parent][0], token]
-            if token in stop_tokens:
-                finished.append(hypothesis(tokens, total, is_finished=True))
-            elif len(grown) < num_beams:
-                grown.append((tokens, total))
-                parents.append(parent)
+        live, parents, ended = extended(live, logits, stop_tokens, num_beams)
+        finished += [hypothesis(*pair, is_finished=True) for pair in ended]
         finished = sorted(finished, key=lambda item: -item.score)[:num_beams]
-        live = grown
         if not live or length == sampling.max_tokens:
             break
         best_to_come = live[0][1] / sampling.max_tokens**length_penalty

@@ -120,6 +120,7 @@ class DecoderBlock(nn.Module):
         *,
         attend: Attend | None = None,
     ) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
         x = x + self.attention(self.attention_norm(x), documents, attend)
         return x + self.feed_forward(self.feed_forward_norm(x))  # type: ignore[no-any-return]
 
@@ -140,6 +141,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(size, size, bias=False)
 
     def forward(self, x: Tensor, documents: Documents | None, attend: Attend | None) -> Tensor:
+        """[B, T, C] to [B, T, C], over what `attend` sees, or over the tokens so far."""
         q, k, v = (self.heads(part) for part in self.projections(x))  # [B, H or G, T, D]
         if self.rotary:
             q, k = turned(q), turned(k)
@@ -180,4 +182,5 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.hidden_dimensions, config.embedding_dimensions, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
         return self.down(self.dropout(F.silu(self.up(x))))  # type: ignore[no-any-return]

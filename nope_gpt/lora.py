@@ -20,8 +20,6 @@ from nope_gpt.embedding import LastRowsEmbedding, TiedEmbedding
 from nope_gpt.errors import UsageError
 from nope_gpt.model import NoPEGPT
 
-EMBEDDING = "token_embeddings"
-
 
 class LoRALinear(nn.Linear):
     """A linear layer with an adapter beside its weight.
@@ -45,6 +43,7 @@ class LoRALinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O]."""
         own = F.linear(x, self.weight)
         if not self.is_active:
             return own

@@ -27,6 +27,7 @@ class Recall(nn.Linear):
         nn.init.normal_(self.weight, std=1.0 / math.sqrt(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C], which the head is to score the token before with."""
         return super().forward(F.rms_norm(x, x.shape[-1:], eps=NORM_EPSILON))
 
 
