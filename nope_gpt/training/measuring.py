@@ -63,7 +63,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = function(*args, **(kwargs or {}))
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         tensors = [leaf for leaf in leaves if not leaf.is_meta]
-        for storage in {tensor.untyped_storage() for tensor in tensors} - set(self.known):
+        for storage in {tensor.untyped_storage() for tensor in tensors}:
+            if storage in self.known:
+                continue
             self.known.add(storage)
             weakref.finalize(storage, self.count, -storage.nbytes())
             # Autograd adds up the gradients of a weight in place, but not while a mode looks on.
