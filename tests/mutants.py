@@ -131,7 +131,7 @@ def judge(ran: Ran) -> Outcome:
     if ran.code < 0:
         return Outcome("caught", f"the tests were ended by {signal.Signals(-ran.code).name}")
     failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py::.+?)(?: - |$)", ran.output, re.MULTILINE)
-    if ran.code == 1 and failed:
+    if failed:
         return Outcome("caught", failed[1])
     what = "the module cannot be imported" if ran.code == CANNOT_IMPORT else "no test could run"
     return Outcome("INVALID", f"{what}: {ran.output.strip().splitlines()[-1]}")

@@ -101,6 +101,13 @@ def test_in_bfloat16_blocks_are_about_as_exact_as_torchs_own() -> None:
     assert not torch.equal(ours[0], theirs[0]), "bfloat16 on a CPU goes by blocks"
 
 
+def test_gradients_of_keys_stay_exact_however_many_blocks_of_queries_see_them() -> None:
+    tensors = drawn(0, 1, 1, 2, 1500, 32, torch.bfloat16)
+    truth = with_gradients(plain, [tensor.double() for tensor in tensors])
+    _, _, keys, values = map(error, with_gradients(causal_attention, tensors), truth)
+    assert max(keys, values) < 5e-3
+
+
 def test_nothing_of_a_document_reaches_another() -> None:
     """A leak would show as a change of a bit, or as a gradient."""
     q, k, v = drawn(0, 1, 2, 2, 150, 8, torch.float32)

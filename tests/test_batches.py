@@ -156,6 +156,12 @@ def test_the_order_is_the_same_in_every_version() -> None:
     ]
 
 
+def test_an_anchor_is_written_into_a_copy() -> None:
+    batch = Batch(torch.ones(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long))
+    assert batch.beginning_with(7).tokens.tolist() == [[7, 1, 1]] * 2
+    assert batch.tokens.tolist() == [[1, 1, 1]] * 2
+
+
 def test_targets_are_the_tokens_one_later(tmp_path: Path) -> None:
     batches = text_batches(counting(tmp_path / "data", 100))
     for batch in batches.micro_batches(0, 0, 1):

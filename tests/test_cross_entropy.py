@@ -152,3 +152,11 @@ def test_no_tensor_ever_holds_the_logits_of_more_than_a_chunk() -> None:
     with Largest() as largest:
         ours(*tensors, chunk=64).backward()
     assert largest.numbers == 64 * 500
+
+
+def test_the_softmax_of_half_precision_logits_is_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 16, generator=generator).bfloat16() for n in (30, 50))
+    targets = torch.randint(50, (30,), generator=generator)
+    expected = F.cross_entropy((hidden @ head.T).float(), targets, reduction="none")
+    torch.testing.assert_close(cross_entropies(hidden, [head], targets), expected)

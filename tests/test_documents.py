@@ -17,6 +17,7 @@ from nope_gpt.data.documents import (
     MESSAGES,
     PAIRS,
     Conversation,
+    Preference,
     Refused,
     Schema,
     canonical,
@@ -34,6 +35,18 @@ def test_the_same_messages_of_which_other_answers_are_trained_are_another_docume
     asked, answered = {"prompt": CHAT[:1], "completion": CHAT[1:]}, {"messages": CHAT}
     documents = [document_of(asked, COMPLETIONS), document_of(answered, MESSAGES)]
     assert canonical(documents[0]) != canonical(documents[1])
+
+
+def test_answers_that_tell_the_prompt_again_have_it_once() -> None:
+    worse = [CHAT[0], {"role": "assistant", "content": "No."}]
+    row = {"prompt": CHAT[0]["content"], "chosen": CHAT, "rejected": worse}
+    found = document_of(row, PAIRS)
+    assert isinstance(found, Preference)
+    assert (found.chosen.messages, found.rejected.messages) == (CHAT, worse)
+
+
+def test_texts_with_half_a_character_are_told_apart_too() -> None:
+    assert len({canonical(text) for text in ("a\ud800", "a\ud801", "a?", "a")}) == 4
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from reference import sample
 from small import small_model
 
 from nope_gpt.config import SamplingConfig
-from nope_gpt.errors import UsageError
+from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.generation import continuation
 from nope_gpt.sampling import Draws, add_bias, candidates, draw, penalize_repeats
 
@@ -269,3 +269,14 @@ def test_a_cache_that_has_grown_has_what_it_held() -> None:
     logits = model.predict(tokens[:, 510:], cache)
     assert cache.num_allocated > 512
     torch.testing.assert_close(logits, model(tokens)[:, -1].detach(), rtol=0, atol=1e-5)
+
+
+def test_a_bias_is_added_to_what_the_logit_is() -> None:
+    found = add_bias(torch.tensor([1.0, 2.0, 3.0]), {1: 0.5, 2: -4.0})
+    assert found.tolist() == [1.0, 2.5, -1.0]
+
+
+@pytest.mark.parametrize("logit", [math.inf, math.nan])
+def test_a_logit_that_is_no_finite_number_is_not_drawn_from(logit: float) -> None:
+    with pytest.raises(NopeError, match="the model's largest logit is"):
+        candidates(torch.tensor([logit, 1.0]), top_k=0, temperature=1.0, top_p=1.0)

@@ -514,10 +514,12 @@ def test_losses_are_judged_by_those_before_them() -> None:
         assert judge(3.05, 1.0, recent, on_spike) == Verdict.UPDATE
         assert judge(4.0, 1.0, recent, on_spike) == verdict
         assert judge(float("nan"), 1.0, recent, on_spike) == Verdict.NOT_FINITE
+        assert judge(float("inf"), 1.0, recent, on_spike) == Verdict.NOT_FINITE
         assert judge(3.0, float("inf"), recent, on_spike) == Verdict.NOT_FINITE
         assert (4.0 in recent) == (on_spike in ("ignore", "warn"))
     assert judge(9.0, 1.0, calm[: guards.FEWEST - 1], "skip") == Verdict.UPDATE, "too early"
     assert judge(9.0, 1.0, calm[: guards.FEWEST], "skip") == Verdict.SKIP
+    assert judge(1.0, 1.0, list(calm), "skip") == Verdict.UPDATE, "a fall is no spike"
     still = [3.0] * guards.WINDOW
     assert judge(3.09, 1.0, still, "skip") == Verdict.UPDATE, "so small a jump is none"
     assert still == [*[3.0] * (guards.WINDOW - 1), 3.09]

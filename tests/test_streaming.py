@@ -67,6 +67,9 @@ def test_without_a_stop_nothing_is_held_back() -> None:
     waiting = StopText(["\n\n"])
     assert [piece.text for piece in waiting.pass_on("a\n", 0.1)] == ["a"]
     assert [piece.text for piece in waiting.pass_on("b", 0.2)] == ["\n", "b"]
+    twice = StopText(["aab"])
+    assert list(twice.pass_on("aa", 0.1)) == []
+    assert list(twice.pass_on("b", 0.1)) == [] and twice.is_over
 
 
 def test_a_stop_text_ends_the_answer_before_it() -> None:
