@@ -159,8 +159,10 @@ def test_every_line_of_a_page_runs_where_what_it_speaks_of_is_there(
 
 
 def beginning_anew(line: str) -> str:
-    """Remove the run that a line of training would begin, unless it goes on with one."""
+    """Remove what a line would make anew, unless it goes on with it."""
     words = line.split()
+    if "prepare" in words:
+        return "rm -rf datasets; "
     if words[1] not in ("pretrain", "tune") or "--resume" in words:
         return ""
     return f"rm -rf runs/{words[1]}; " if f"runs/{words[1]}" not in words else ""
