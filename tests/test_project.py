@@ -152,3 +152,12 @@ def test_what_needs_an_extra_says_which(line: str, extra: str, tmp_path: Path) -
     assert f"pip install 'nope-gpt[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert extra in PROJECT["optional-dependencies"]
+
+
+def test_every_fault_that_mutants_plants_is_in_a_place_that_is_there() -> None:
+    table = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))
+    for module, entry in table.items():
+        text = (ROOT / "nope_gpt" / f"{module}.py").read_text(encoding="utf-8")
+        assert len(entry["faults"]) >= 5, module
+        for what, (old, _) in entry["faults"].items():
+            assert text.count(old) == 1, f"{module}: {what}"
