@@ -6,13 +6,12 @@ carries all of it in one file.
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nope_gpt.artifacts import DAMAGE
 from nope_gpt.errors import NopeError
+from nope_gpt.json_files import DAMAGE, parse_json, read_json
 from nope_gpt.locating import HISTORY, RUN
 
 METRICS = "metrics.jsonl"
@@ -33,12 +32,11 @@ def stages_of(directory: Path) -> list[Stage]:
     """
     try:
         if (directory / HISTORY).is_file():
-            stages = json.loads((directory / HISTORY).read_text(encoding="utf-8"))["stages"]
-            return [checked(stage) for stage in stages]
+            return [checked(stage) for stage in read_json(directory / HISTORY)["stages"]]
         if not (directory / STATE).is_file():
             return []
-        record = json.loads((directory / RUN).read_text(encoding="utf-8"))
-        state = json.loads((directory / STATE).read_text(encoding="utf-8"))
+        record = read_json(directory / RUN)
+        state = read_json(directory / STATE)
         stage = {name: state[name] for name in ("step", "tokens", "seconds")}
         stage |= {name: record[name] for name in ("command", "version", "config")}
         losses = curves(log_of(directory, record), stage["step"])
@@ -89,8 +87,8 @@ def told_in(path: Path) -> list[dict[str, Any]]:
     found = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
-        with suppress(ValueError):
-            row = json.loads(line)
+        with suppress(ValueError, RecursionError):
+            row = parse_json(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 found.append(row)
     return found

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nope_gpt.artifacts import DAMAGE, MANIFEST, read_manifest, verify
+from nope_gpt.artifacts import MANIFEST, read_manifest, verify
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
+from nope_gpt.json_files import DAMAGE, read_json
 from nope_gpt.remote import contacting
 
 CONFIG = "config.json"
@@ -119,7 +119,9 @@ def model_in(path: Path, tell: Tell = untold) -> Path:
 def checkpoints_of(run: Path) -> Path:
     """The directory of a run's checkpoints."""
     try:
-        return run / str(json.loads((run / RUN).read_text(encoding="utf-8"))["checkpoints"])
+        place = run / str(read_json(run / RUN)["checkpoints"])
+        place.is_dir()  # A name that no place can have is told here.
+        return place
     except DAMAGE as error:
         raise NopeError(
             f"this run's settings are damaged ({type(error).__name__})", where=str(run / RUN)
@@ -187,8 +189,8 @@ def is_whole(path: Path) -> bool:
         if '"bpe-' in (path / TOKENIZER).read_text(encoding="utf-8")[:40]:
             needed.append(RANKS)
         if not (path / WEIGHTS).is_file():
-            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            index = read_json(path / INDEX)
             needed += [Path(name).name for name in index["weight_map"].values()]
+        return all((path / name).is_file() for name in needed)
     except DAMAGE:
         return False
-    return all((path / name).is_file() for name in needed)

@@ -18,6 +18,7 @@ PACKAGE = Path(nope_gpt.__file__).parent
 
 FLOORS = [
     {"errors"},
+    {"json_files"},
     {"knobs"},
     {"config"},
     {"hardware"},

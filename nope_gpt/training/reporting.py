@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nope_gpt.artifacts import DAMAGE, write_file, writing
+from nope_gpt.artifacts import write_file, writing
 from nope_gpt.errors import NopeError
 from nope_gpt.history import METRICS
+from nope_gpt.json_files import DAMAGE, parse_json
 
 CROSS_ENTROPY = "Cross Entropy"
 """The name of the usual loss, as the published dashboards have it."""
@@ -234,7 +235,7 @@ def rows(path: Path) -> list[tuple[int, str]]:
     try:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
-                found.append((int(json.loads(line)["step"]), line))
+                found.append((int(parse_json(line)["step"]), line))
     except DAMAGE as error:
         raise NopeError(
             f"line {len(found) + 1} of this log is damaged ({type(error).__name__})",

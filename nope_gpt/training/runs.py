@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -17,7 +16,6 @@ from filelock import FileLock, Timeout
 
 from nope_gpt import __version__
 from nope_gpt.artifacts import (
-    DAMAGE,
     is_leftover,
     read_manifest,
     verify,
@@ -29,6 +27,7 @@ from nope_gpt.config import TrainingConfig
 from nope_gpt.device import Ranks, draw_seed, resolve_device, reuse_freed_memory
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.history import STATE
+from nope_gpt.json_files import DAMAGE, read_json
 from nope_gpt.locating import RUN, checkpoints_in, step_of
 from nope_gpt.training import checkpoints, distribution
 from nope_gpt.training.watchdog import Watchdog
@@ -89,7 +88,7 @@ def stored_record(path: Path, command: str) -> dict[str, Any]:
     """
     file = path / RUN
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
     except FileNotFoundError:
         return {}
     except DAMAGE as error:
