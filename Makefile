@@ -3,8 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
+FUZZ ?= models data_sets conversations
+SECONDS ?= 600
 
-.PHONY: help setup quickstart test test-online test-llama check fix docs clean
+.PHONY: help setup quickstart test test-online test-llama fuzz check fix docs clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +31,11 @@ test-online: setup  ## First contact with the real Hub: both published models
 test-llama: setup  ## Install llama.cpp, which compiles for minutes, and run the tests that need it
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
 	$(BIN)/python -m pytest -m llama $(PYTEST) $(TESTS)
+
+fuzz: setup  ## Install atheris, and damage what is read for SECONDS=600 each: FUZZ="models data_sets"
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris
+	mkdir -p .cache/fuzz
+	for name in $(FUZZ); do (cd .cache/fuzz && ../../$(BIN)/python ../../fuzz/$$name.py -max_total_time=$(SECONDS)) || exit 1; done
 
 check: setup  ## Lint, check types and see that the generated docs are fresh
 	$(BIN)/ruff check
