@@ -6,9 +6,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS ?= constraints.txt
 TESTS ?= tests
 JOBS ?= auto
+FUZZ ?= models data_sets conversations
+SECONDS ?= 600
 PYTEST_RUN := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup quickstart test test-slow coverage hooks ci test-online test-llama mutants check fix docs site dist dist-check clean
+.PHONY: help setup quickstart test test-slow coverage hooks ci test-online test-llama mutants fuzz check fix docs site dist dist-check clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +55,11 @@ test-llama: setup  ## Install llama.cpp, which compiles for minutes, and run the
 
 mutants: setup  ## Plant faults, `MODULES="attention hub"` for some, and see the tests catch them
 	$(BIN)/python tests/mutants.py --jobs 2 $(MODULES)
+
+fuzz: setup  ## Install atheris, and damage what is read for SECONDS=600 each: FUZZ="models data_sets"
+	$(INSTALL) atheris
+	mkdir -p .cache/fuzz
+	for name in $(FUZZ); do (cd .cache/fuzz && ../../$(BIN)/python ../../fuzz/$$name.py -max_total_time=$(SECONDS)) || exit 1; done
 
 check: setup  ## Lint, check types and see that the generated docs are fresh
 	$(BIN)/ruff check

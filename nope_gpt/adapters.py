@@ -8,20 +8,20 @@ and which ones it makes of them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nope_gpt import hub, lora
-from nope_gpt.artifacts import DAMAGE, write_json, write_tensors
+from nope_gpt.artifacts import write_json, write_tensors
+from nope_gpt.config import CONTROL_TOKENS
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.hub import SavedModel
+from nope_gpt.json_files import DAMAGE, read_json
 from nope_gpt.locating import locate
 from nope_gpt.published_layout import TIED
 from nope_gpt.transformers_layout import MATRICES
@@ -111,21 +111,23 @@ def load(path: Path) -> Adapter:
             hint="give a run of `nope tune` without --full, or a checkpoint of one",
         )
     try:
-        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        with safe_open(file, framework="pt") as opened:
+        settings = read_json(path / SETTINGS)
+        with hub.opened(file) as opened:
             header = opened.metadata() or {}
             names = sorted(set(opened.keys()) - {HEAD})
             tensors = {ours(name): opened.get_tensor(name) for name in names}
         return Adapter(
             tensors=tensors,
             alpha=settings["lora_alpha"] / settings["r"],
-            dropout=settings["lora_dropout"],
+            dropout=float(settings["lora_dropout"]),
             base=str(settings["base_model_name_or_path"]),
             base_sha256=header["base_sha256"],
             makes_sha256=header["makes_sha256"],
             vocabulary_size=int(header["vocabulary_size"]),
         )
-    except (*DAMAGE, SafetensorError, TypeError) as error:
+    except NopeError as error:
+        raise NopeError(f"this adapter cannot be read: {error.what}", where=str(path)) from None
+    except DAMAGE as error:
         reason = f"{type(error).__name__}: {error}"
         raise NopeError(f"this adapter cannot be read ({reason})", where=str(path)) from None
 
@@ -193,10 +195,20 @@ def folded(model: SavedModel, directory: Path, adapters: Sequence[Path]) -> Save
 
 
 def with_adapter(model: SavedModel, adapter: Adapter) -> SavedModel:
-    """A model with one adapter folded in, and with the rows of its new tokens."""
+    """A model with one adapter folded in, and with the rows of its new tokens.
+
+    Raises:
+        NopeError: It is for a model of another shape.
+    """
     state = dict(model.state)
     missing = adapter.vocabulary_size - len(state[TIED])
+    if missing > len(CONTROL_TOKENS):
+        raise NopeError(f"the adapter is for {missing:,} tokens more than the model has")
     if missing > 0:
         state[TIED] = torch.cat([state[TIED], state[TIED].new_zeros(missing, state[TIED].size(1))])
     config = model.config.changed(vocabulary_size=len(state[TIED]))
-    return replace(model, config=config, state=lora.merged(state, adapter.tensors, adapter.alpha))
+    try:
+        state = lora.merged(state, adapter.tensors, adapter.alpha)
+    except (LookupError, RuntimeError) as error:
+        raise NopeError(f"the adapter does not fit the model: {error}") from None
+    return replace(model, config=config, state=state)

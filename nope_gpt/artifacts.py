@@ -16,13 +16,14 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
 
 from nope_gpt.errors import CapacityError, MissingError, NopeError, UsageError
+from nope_gpt.json_files import DAMAGE, check, read_json
 from nope_gpt.sizing.units import format_bytes
 
 if TYPE_CHECKING:
@@ -36,16 +37,8 @@ FORMAT_VERSION = 1
 
 Manifest = dict[str, Any]
 
-DAMAGE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
-"""What reading a JSON file that is not what it should be can raise."""
+DESCRIPTION = {"size": int, "sha256": str}
+"""What a manifest says of a file."""
 
 
 @contextmanager
@@ -261,17 +254,24 @@ def refuse_small_disk(directory: Path, size: int, what: str, flag: str) -> None:
 
 
 def replace_directory(new: Path, path: Path) -> None:
-    """Rename a directory into place, setting aside and then removing what was there."""
-    if not path.exists():
-        new.replace(path)
-        return
+    """Rename a directory into place, setting aside and then removing what was there.
+
+    If another process takes the place first, its directory stays there and this one fails.
+    """
     old = beside(path, "old")
-    path.replace(old)
-    new.replace(path)
-    if old.is_symlink() or old.is_file():
-        old.unlink()
-    else:
-        shutil.rmtree(old, ignore_errors=True)  # Windows and NFS keep what another process reads.
+    try:
+        if path.exists():
+            with suppress(FileNotFoundError):  # Another process has just set it aside.
+                path.replace(old)
+        new.replace(path)
+    finally:
+        if not path.exists() and old.exists():
+            old.replace(path)
+        elif old.is_symlink() or old.is_file():
+            old.unlink()
+        elif old.is_dir():
+            # Windows and NFS keep what another process reads.
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def is_artifact(path: Path) -> bool:
@@ -284,8 +284,7 @@ def is_artifact(path: Path) -> bool:
 def is_kind(path: Path, kind: str) -> bool:
     """Whether a directory has a manifest that says it is of a kind, whole or damaged."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return bool(manifest["kind"] == kind)
+        return bool(read_json(path / MANIFEST)["kind"] == kind)
     except DAMAGE:
         return False
 
@@ -339,9 +338,10 @@ def read_manifest(path: Path, kind: str) -> Manifest:
     if path.is_file():
         raise UsageError(f"this is a file, not the directory of a {kind}", where=str(path))
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        found, version, files = manifest["kind"], manifest["format_version"], manifest["files"]
-        sizes = {str(name): int(entry["size"]) for name, entry in files.items()}
+        manifest = read_json(file)
+        check(manifest, {"kind": str, "files": {...: DESCRIPTION}})
+        found, version = manifest["kind"], manifest["format_version"]
+        sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         raise MissingError(f"this is not a {kind}: it has no {MANIFEST}", where=str(path)) from None
     except DAMAGE as error:
@@ -358,7 +358,9 @@ def read_manifest(path: Path, kind: str) -> Manifest:
         )
     for name, size in sizes.items():
         part = path / Path(name).name
-        actual = part.stat().st_size if part.is_file() else None
+        actual = None
+        with suppress(OSError):  # Another process may be replacing the directory.
+            actual = part.stat().st_size if part.is_file() else None
         if actual != size:
             seen = "is missing" if actual is None else f"has {actual:,} bytes instead of {size:,}"
             raise NopeError(f"this {kind} is damaged: {name} {seen}", where=str(path))

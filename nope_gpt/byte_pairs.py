@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import base64
 import functools
-import itertools
+import heapq
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nope_gpt.artifacts import DAMAGE
 from nope_gpt.errors import NopeError
+from nope_gpt.json_files import DAMAGE
 
 Ranks = Mapping[bytes, int]
 """The tokens that bytes merge to, and the id of each."""
@@ -116,17 +116,33 @@ def merges(ranks: Ranks) -> list[tuple[bytes, bytes]]:
 
 def parts_below(token: bytes, ranks: Ranks, limit: int) -> list[bytes]:
     """What bytes become when only merges of a lower rank than the limit happen."""
-    parts = [token[index : index + 1] for index in range(len(token))]
-    while len(parts) > 1:
-        candidates = [
-            (ranks.get(left + right, limit), index)
-            for index, (left, right) in enumerate(itertools.pairwise(parts))
-        ]
-        rank, index = min(candidates)
-        if rank >= limit:
-            break
-        parts[index : index + 2] = [parts[index] + parts[index + 1]]
-    return parts
+    ends = list(range(1, len(token) + 1))  # Where the part that begins at a place ends.
+    starts = list(range(-1, len(token)))  # Where the part before the one at a place begins.
+    waiting: list[tuple[int, int, int]] = []
+
+    def consider(start: int) -> None:
+        """Let two neighbours wait for their turn, if they merge at all."""
+        if start >= 0 and ends[start] < len(token):
+            end = ends[ends[start]]
+            rank = ranks.get(token[start:end], limit)
+            if rank < limit:
+                heapq.heappush(waiting, (rank, start, end))
+
+    for place in range(len(token)):
+        consider(place)
+    while waiting:
+        _, start, end = heapq.heappop(waiting)
+        middle = ends[start]
+        if middle in (0, len(token)) or ends[middle] != end:
+            continue  # One of the two is part of a larger one by now.
+        ends[start], ends[middle] = end, 0
+        starts[end] = start
+        consider(starts[start])
+        consider(start)
+    places = [0] if token else []
+    while places and ends[places[-1]] < len(token):
+        places.append(ends[places[-1]])
+    return [token[start : ends[start]] for start in places]
 
 
 SPLITS: dict[str, tuple[str | None, str | None]] = {

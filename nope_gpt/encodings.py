@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from operator import itemgetter
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import tiktoken
 
-from nope_gpt.artifacts import DAMAGE
 from nope_gpt.byte_pairs import (
     CL100K_PATTERN,
     GPT2_PATTERN,
@@ -23,6 +21,7 @@ from nope_gpt.byte_pairs import (
 )
 from nope_gpt.config import CONTROL_TOKENS, ENCODINGS
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
+from nope_gpt.json_files import DAMAGE, read_json
 from nope_gpt.locating import CONFIG, RANKS, TOKENIZER
 from nope_gpt.places import cache_directory
 
@@ -108,7 +107,7 @@ def load(directory: Path) -> tiktoken.Encoding:
     if not path.is_file() and (directory / CONFIG).is_file():
         return published(name_by_size(directory))
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         if "model" in document:
             return described(*read_tokenizer_json(document, str(path)), str(path))
         name = document["name"]
@@ -195,7 +194,7 @@ def name_by_size(directory: Path) -> str:
     """Which of tiktoken's encodings a model without a tokenizer.json was trained with."""
     sizes = {50257: "r50k_base", 50281: "p50k_base", 100277: "cl100k_base", 200019: "o200k_base"}
     try:
-        size = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["vocabulary_size"]
+        size = read_json(directory / CONFIG)["vocabulary_size"]
         return sizes.get(size) or sizes[size - len(CONTROL_TOKENS)]
     except DAMAGE:
         raise MissingError(

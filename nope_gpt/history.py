@@ -6,13 +6,12 @@ carries all of it in one file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nope_gpt.artifacts import DAMAGE
 from nope_gpt.errors import NopeError
+from nope_gpt.json_files import DAMAGE, parse_json, read_json
 from nope_gpt.locating import HISTORY, read_run
 
 METRICS = "metrics.jsonl"
@@ -33,12 +32,10 @@ def stages_of(directory: Path) -> list[Stage]:
     """
     try:
         if (directory / HISTORY).is_file():
-            stages = json.loads((directory / HISTORY).read_text(encoding="utf-8"))["stages"]
-            return [checked(stage) for stage in stages]
+            return [checked(stage) for stage in read_json(directory / HISTORY)["stages"]]
         if not (directory / STATE).is_file():
             return []
-        record = read_run(directory)
-        state = json.loads((directory / STATE).read_text(encoding="utf-8"))
+        record, state = read_run(directory), read_json(directory / STATE)
         stage = {name: state[name] for name in ("step", "tokens", "seconds")}
         stage |= {name: record[name] for name in ("command", "version", "config")}
         log = logged(log_of(directory, record))
@@ -111,7 +108,7 @@ def logged(path: Path) -> list[Line]:
     try:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
-                row = dict(json.loads(line))
+                row = dict(parse_json(line))
                 found.append(Line(int(row["step"]), row, line))
     except DAMAGE as error:
         raise NopeError(

@@ -8,8 +8,8 @@ of `transformers_layout.py`, is loaded too.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nope_gpt import published_layout, sharpening, transformers_layout
-from nope_gpt.artifacts import DAMAGE, MANIFEST, describe, write_json, write_tensors
+from nope_gpt.artifacts import MANIFEST, describe, write_json, write_tensors
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NetworkError, NopeError, UsageError
+from nope_gpt.json_files import DAMAGE, parse_json, read_json
 from nope_gpt.locating import CONFIG, INDEX, WEIGHTS
 from nope_gpt.sharpening import Sharpening
 
@@ -30,6 +31,9 @@ ROTARY = "rotary"
 
 FIRST_TOKEN = "first_token"
 """The key of config.json that says what all that a model reads begins with."""
+
+LARGEST_HEADER = 100_000_000
+"""Bytes of what a safetensors file says of its tensors; its own library reads no more."""
 
 Tell = Callable[[float], None]
 """What hears which share of the weights has been read."""
@@ -94,8 +98,6 @@ def assemble(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> 
         )
     except UsageError as error:
         raise NopeError(f"{CONFIG} describes no network: {error.what}", where=where) from None
-    except OverflowError as error:
-        raise NopeError(f"{CONFIG} describes no network: {error}", where=where) from None
     published_layout.check_shapes(config, state, where)
     length = settings.get("trained_context_length")
     return SavedModel(
@@ -122,7 +124,7 @@ def first_token_in(settings: dict[str, Any], vocabulary_size: int, where: str) -
 def read_config(path: Path) -> dict[str, Any]:
     """Read a config.json as it is."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
     except DAMAGE as error:
         raise NopeError(f"{CONFIG} cannot be read: {error}", where=str(path)) from None
     if not isinstance(settings, dict):
@@ -134,13 +136,16 @@ def weight_files(path: Path) -> list[Path]:
     """The files of weights of a model's directory.
 
     Raises:
-        NopeError: The index of several is damaged.
+        NopeError: The index of several is damaged, or one of them is missing.
     """
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     try:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        return [path / Path(name).name for name in sorted(set(index["weight_map"].values()))]
+        names = sorted(set(read_json(path / INDEX)["weight_map"].values()))
+        files = [path / Path(name).name for name in names]
+        for file in files:
+            file.stat()
+        return files
     except DAMAGE as error:
         reason = f"{type(error).__name__}: {error}"
         raise NopeError(f"{INDEX} cannot be read ({reason})", where=str(path)) from None
@@ -154,7 +159,7 @@ def read_weights(path: Path, tell: Tell = lambda _: None) -> dict[str, Tensor]:
         tell: Told after each tensor which share of the bytes has been read.
     """
     files = weight_files(path)
-    total = sum(file.stat().st_size for file in files if file.is_file()) or 1
+    total = sum(file.stat().st_size for file in files) or 1
     tensors: dict[str, Tensor] = {}
     read = 0
     for file in files:
@@ -175,11 +180,25 @@ def digest(path: Path) -> str:
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Read a safetensors file; nothing in it is ever executed."""
+    with opened(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, of which each tensor and each fact is there once.
+
+    Raises:
+        NopeError: It is not whole, or is something else.
+    """
     try:
+        with path.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            parse_json(content.read(min(length, LARGEST_HEADER)).decode())
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+            yield file
+    except (SafetensorError, *DAMAGE, RuntimeError) as error:
         raise NopeError(
             f"this is not a whole safetensors file: {error}",
             where=str(path),

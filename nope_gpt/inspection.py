@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nope_gpt import artifacts, hub, sharpening
-from nope_gpt.artifacts import DAMAGE, MANIFEST, PARITY
+from nope_gpt.artifacts import MANIFEST, PARITY
 from nope_gpt.config import PretrainConfig, TuneConfig
 from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.data.staging import SUFFIX, Staging, is_held
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 from nope_gpt.history import METRICS, STATE, curves, logged, stages_of
+from nope_gpt.json_files import DAMAGE, read_json
 from nope_gpt.knobs import Knobs, differences, resolve
 from nope_gpt.locating import (
     CONFIG,
@@ -186,7 +186,7 @@ def export_facts(path: Path, verify: bool) -> Facts:
         NopeError: A file is not what was compared.
     """
     try:
-        record = json.loads((path / PARITY).read_text(encoding="utf-8"))
+        record = read_json(path / PARITY)
         files = {str(Path(name).name): dict(entry) for name, entry in record["files"].items()}
         told = {name: record[name] for name in ("format", "version", "reports")}
     except DAMAGE as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import tomllib
 import types
@@ -20,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from nope_gpt.errors import MissingError, UsageError
+from nope_gpt.json_files import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,17 +180,28 @@ def checked(owner: type, field: dataclasses.Field[Any], value: Any) -> Any:
     if kind == TEXTS:
         if isinstance(value, list | tuple) and all(type(item) is str for item in value):
             return tuple(value)
-        raise UsageError(f"{flag_of(field)} is {value!r}, and must be a list of texts")
+        raise UsageError(f"{flag_of(field)} is {shown(value)}, and must be a list of texts")
+    if type(value) is int and abs(value) >> 63:
+        raise UsageError(f"{flag_of(field)} has more than 63 bits")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise UsageError(f"{flag_of(field)} is {value!r}, and must be {names[kind]}")
+        raise UsageError(f"{flag_of(field)} is {shown(value)}, and must be {names[kind]}")
+    if isinstance(value, str) and "\0" in value:
+        raise UsageError(f"{flag_of(field)} has a zero byte in it")
     limits: Limits | None = field.metadata.get("limits")
     complaint = limits.complaint(value) if limits else None
     if complaint:
         raise UsageError(f"{flag_of(field)} is {value}, and {complaint}")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: of one that may be deep or long, what kind it is."""
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "a list"
+    return repr(value)
 
 
 T = TypeVar("T", bound=Knobs)
@@ -297,8 +308,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the settings file cannot be read: {error}", where=str(path)) from None
     try:
-        settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        settings = parse_json(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"the settings file cannot be parsed: {error}",
             where=str(path),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nope_gpt.artifacts import DAMAGE, MANIFEST, read_manifest, verify
+from nope_gpt.artifacts import MANIFEST, read_manifest, verify
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
+from nope_gpt.json_files import DAMAGE, read_json
 from nope_gpt.remote import contacting
 
 CONFIG = "config.json"
@@ -132,10 +132,11 @@ def read_run(directory: Path) -> dict[str, Any]:
     """
     file = directory / RUN
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         for name, kind in {"command": str, "config": dict, "checkpoints": str}.items():
             if not isinstance(record[name], kind):
                 raise TypeError(f"{name} is {record[name]!r}")
+        (directory / record["checkpoints"]).is_dir()  # A name that no place can have is told here.
     except FileNotFoundError:
         raise MissingError("this is not a run", where=str(directory)) from None
     except DAMAGE as error:
@@ -205,8 +206,8 @@ def is_whole(path: Path) -> bool:
         if '"bpe-' in (path / TOKENIZER).read_text(encoding="utf-8")[:40]:
             needed.append(RANKS)
         if not (path / WEIGHTS).is_file():
-            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            index = read_json(path / INDEX)
             needed += [Path(name).name for name in index["weight_map"].values()]
+        return all((path / name).is_file() for name in needed)
     except DAMAGE:
         return False
-    return all((path / name).is_file() for name in needed)

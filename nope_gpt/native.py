@@ -258,7 +258,10 @@ def place() -> Path | str:
     code = [source.read_bytes() for source in SOURCES]
     identity = [*code, version, " ".join([found, *FLAGS]).encode(), processor()]
     name = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
-    return cache_directory() / f"native-{name}.so"
+    try:
+        return cache_directory() / f"native-{name}.so"
+    except RuntimeError:
+        return "there is no home directory to keep it in (set HOME, or XDG_CACHE_HOME)"
 
 
 def processor() -> bytes:
@@ -280,11 +283,22 @@ def compiled(*, begin: bool = False, wait: bool = False) -> ctypes.CDLL | None:
     path = place()
     if isinstance(path, str):
         return None
-    if not path.is_file() and begin and not log_of(path).is_file():
+    library = loaded(path)
+    if library is None and begin and not log_of(path).is_file():
         process = compile_beside(path)
         if process and wait:
             process.wait()
-    return load(path) if path.is_file() else None
+        library = loaded(path)
+    return library
+
+
+def loaded(path: Path) -> ctypes.CDLL | None:
+    """The library, if it is there; one that was cut short, as by a loss of power, is removed."""
+    try:
+        return load(path) if path.is_file() else None
+    except OSError:
+        path.unlink(missing_ok=True)
+        return None
 
 
 @functools.cache

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nope_gpt.artifacts import DAMAGE
 from nope_gpt.errors import NopeError
+from nope_gpt.json_files import DAMAGE
 
 SETTING = "attention_scales"
 """The key of config.json."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt.errors import MissingError, UsageError
+from nope_gpt.json_files import parse_json
 
 EXAMPLES = Path(__file__).with_name("example_tools.py")
 """A calculator and a clock."""
@@ -200,7 +201,7 @@ def calls_in(text: str, tools: dict[str, Tool]) -> list[Call]:
     calls: list[Call] = []
     for match in CALL.finditer(text):
         try:
-            wanted = json.loads(match[1])
+            wanted = parse_json(match[1])
         except (ValueError, RecursionError) as error:
             calls.append(Call("?", {}, f"the call is not JSON: {error}"))
             continue
@@ -216,7 +217,7 @@ def call_of(item: Any, tools: dict[str, Tool]) -> Call:
     arguments = item.get("arguments", {}) if isinstance(item, dict) else None
     if isinstance(arguments, str):  # JSON within JSON, as OpenAI's interface has it.
         with suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments)
+            arguments = parse_json(arguments)
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return Call("?", {}, "a call must have a name and arguments")
     if name not in tools:
@@ -252,6 +253,7 @@ def carry_out(call: Call, tools: dict[str, Tool], seconds: float = TIME_LIMIT) -
             capture_output=True,
             text=True,
             encoding="utf-8",
+            errors="replace",
             timeout=seconds,
             check=False,
         )
@@ -260,7 +262,10 @@ def carry_out(call: Call, tools: dict[str, Tool], seconds: float = TIME_LIMIT) -
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         return in_json("error", reason)
-    return in_json("result", json.loads(done.stdout))
+    try:
+        return in_json("result", json.loads(done.stdout))
+    except (ValueError, RecursionError):  # It wrote there past Python's own streams.
+        return in_json("error", f"{call.name} gave no result")
 
 
 def in_json(kind: str, value: Any) -> str:

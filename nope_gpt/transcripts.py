@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nope_gpt.artifacts import DAMAGE, write_file, writing
+from nope_gpt.artifacts import write_file, writing
 from nope_gpt.data.documents import Refused, messages_of
 from nope_gpt.errors import MissingError, NopeError
+from nope_gpt.json_files import DAMAGE, ESCAPED, parse_json
 from nope_gpt.memory import Message
 
 
@@ -21,13 +22,13 @@ def save(path: Path, messages: Sequence[Message], facts: Mapping[str, Any]) -> N
         messages: The system message among them.
         facts: What else to keep beside them, such as the model.
     """
-    write_file(path, line_of(messages, facts).encode())
+    write_file(path, line_of(messages, facts).encode("utf-8", ESCAPED))
 
 
 def add(path: Path, messages: Sequence[Message], facts: Mapping[str, Any]) -> None:
     """Add a conversation to a file of several."""
     with writing(path), path.open("ab") as file:
-        file.write(line_of(messages, facts).encode())
+        file.write(line_of(messages, facts).encode("utf-8", ESCAPED))
 
 
 def line_of(messages: Sequence[Message], facts: Mapping[str, Any]) -> str:
@@ -45,7 +46,7 @@ def load(path: Path) -> list[Message]:
     try:
         # Not at what str.splitlines takes for the end of a line: JSON has it within texts.
         lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-        return messages_of(json.loads(lines[-1])["messages"])
+        return messages_of(parse_json(lines[-1].decode("utf-8"))["messages"])
     except FileNotFoundError:
         raise MissingError("there is no such transcript", where=str(path)) from None
     except Refused as refusal:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nope_gpt.artifacts import DAMAGE
 from nope_gpt.blocks import NORM_EPSILON
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.json_files import DAMAGE
 from nope_gpt.sharpening import SETTING
 
 ARCEE = "arcee"

@@ -17,6 +17,7 @@ PACKAGE = Path(nope_gpt.__file__).parent
 
 FLOORS = [
     {"errors", "places"},
+    {"json_files"},
     {"knobs"},
     {"config"},
     {"hardware"},

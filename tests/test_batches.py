@@ -598,7 +598,7 @@ def test_a_subset_and_an_encoding_name_a_fineweb_data_set(
             find_dataset(root, None, fineweb)
     write(root / expected, [([text(1, 2)], [])])
     assert find_dataset(root, None, fineweb) == root / expected
-    assert find_dataset(root, "prose", fineweb) == root / "prose", "a name goes before"
+    assert find_dataset(root, "prose") == root / "prose"
 
 
 def test_a_damaged_data_set_in_the_root_is_named(root: Path) -> None:

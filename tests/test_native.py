@@ -226,6 +226,19 @@ def test_a_compiler_that_fails_is_asked_once_and_what_it_said_is_told(
     native.place.cache_clear()
 
 
+def test_a_library_that_was_cut_short_is_made_anew(shared_cache: Path) -> None:
+    assert small_model().new_cache(8, compile="on").reader
+    path = native.place()
+    assert isinstance(path, Path)
+    whole = path.read_bytes()
+    broken = path.with_name("native-broken.so")
+    broken.write_bytes(whole[: len(whole) // 2][:100])
+    assert native.loaded(broken) is None
+    assert not broken.exists()
+    assert native.loaded(path)
+    assert path.parent == shared_cache / "nope-gpt"
+
+
 @pytest.mark.slow
 def test_the_first_answer_does_not_wait_for_the_compiler_and_a_later_one_has_it(
     tmp_path: Path,

@@ -612,9 +612,18 @@ def npy(array: Any, save: Callable[..., None] = np.save) -> bytes:
         (npy(np.zeros(100, dtype=np.uint16))[:-1], "cannot be read"),
         (npy(np.zeros(9), np.savez), "cannot be read"),
         (npy(np.zeros((2, 3), dtype=np.uint16)), r"shape \(2, 3\)"),
-        (npy(np.array([5, 257, 5], dtype=np.uint16)), "token 257 is outside the vocabulary of 257"),
+        (npy(np.zeros(12, dtype=np.int16)), r"of int16, and the manifest says \(12,\) of uint16"),
+        (npy(np.zeros(12)), r"of float64, and the manifest says \(12,\) of uint16"),
+        (npy(np.zeros(11, dtype=np.uint16)), r"shape \(11,\) of uint16, and the manifest says"),
+        (
+            npy(np.array([5, 257, *[5] * 10], dtype=np.uint16)),
+            "token 257 is outside the vocabulary of 257",
+        ),
     ],
-    ids=["empty", "text", "objects", "cut", "archive", "table", "vocabulary"],
+    ids=[
+        *("empty", "text", "objects", "cut", "archive", "table"),
+        *("signs", "fractions", "short", "vocabulary"),
+    ],
 )
 def test_a_shard_that_holds_something_else_is_named(
     tmp_path: Path, content: bytes, message: str

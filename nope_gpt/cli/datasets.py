@@ -70,7 +70,8 @@ def source_line(source: dict[str, Any]) -> str:
     """A source and where it comes from."""
     files = counted(len(source["files"]), "file")
     if "repo" in source:
-        return f"{source['name']} ({files} of {source['repo']}@{source['revision'][:12]})"
+        revision = (source.get("revision") or "")[:12]
+        return f"{source['name']} ({files} of {source['repo']}@{revision})"
     return f"{source['name']} ({files})"
 
 

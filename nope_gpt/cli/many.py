@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from nope_gpt.cli.reading import read_text
 from nope_gpt.cli.terminal import Pace, progress_bar, result, say, talk
 from nope_gpt.config import GenerateConfig
 from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.json_files import ESCAPED, parse_json
 from nope_gpt.sizing.units import format_seconds
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
@@ -57,7 +59,7 @@ def answer_file(config: GenerateConfig, source: Path, target: Path, *, as_json: 
             if len(texts) == config.num_samples:
                 line = lines[progress.done]
                 more = texts[0] if config.num_samples == 1 else {"samples": texts}
-                file.write(json.dumps(line | more, ensure_ascii=False).encode() + b"\n")
+                file.write(as_json_line(line | more).encode("utf-8", ESCAPED))
                 file.flush()
                 progress.advance(sum(text["new_tokens"] for text in texts))
                 texts = []
@@ -80,7 +82,7 @@ def objects(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise NopeError(f"this line is not JSON: {error}", where=f"{path}:{number}") from None
         if not isinstance(value, dict):
@@ -103,10 +105,8 @@ def kept_lines(target: Path, lines: list[dict[str, Any]], made: str) -> int:
         return 0
     with writing(target):
         content = target.read_bytes()
-        whole = content.rpartition(b"\n")[0] + b"\n" if b"\n" in content else b""
-        if len(whole) < len(content):
-            os.truncate(target, len(whole))
-    found = [value for _, value in objects(whole.decode("utf-8"), target)]
+    whole = content.rpartition(b"\n")[0] + b"\n" if b"\n" in content else b""
+    found = [value for _, value in objects(whole.decode("utf-8", "replace"), target)]
     for number, value in enumerate(found):
         prompt = lines[number] if number < len(lines) else None
         if (
@@ -119,7 +119,28 @@ def kept_lines(target: Path, lines: list[dict[str, Any]], made: str) -> int:
                 where=str(target),
                 hint="choose another --output",
             )
+    rest = content[len(whole) :]
+    begun = beginning(lines[len(found)]) if len(found) < len(lines) else b""
+    if rest and not (begun and (begun.startswith(rest) or rest.startswith(begun))):
+        raise UsageError(
+            "the output ends in something else than the next line",
+            where=str(target),
+            hint="choose another --output",
+        )
+    with writing(target):
+        os.truncate(target, len(whole))
     return len(found)
+
+
+def beginning(line: dict[str, Any]) -> bytes:
+    """What the output of a line begins with, whatever is made of it."""
+    kept = dict(itertools.takewhile(lambda item: item[0] not in GENERATED, line.items()))
+    return as_json_line(kept)[:-2].encode("utf-8", ESCAPED)
+
+
+def as_json_line(value: dict[str, Any]) -> str:
+    """An object on a line."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def tokens_of(line: dict[str, Any], tokenizer: BaseTokenizer, where: str) -> list[int]:

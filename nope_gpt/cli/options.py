@@ -297,6 +297,8 @@ class friendly:  # noqa: N801
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, NopeError) and not os.environ.get("NOPE_DEBUG"):
             fail(error)
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # Of `~` in a path.
+            fail(UsageError("this user has no home directory", hint="set HOME, or XDG_CACHE_HOME"))
         if isinstance(error, KeyboardInterrupt):
             fail(Interrupted("interrupted", exit_code=130))
         if isinstance(error, BrokenPipeError):

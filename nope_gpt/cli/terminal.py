@@ -22,14 +22,22 @@ QUIET_SECONDS = 10.0
 """Between two lines of progress where there is no terminal."""
 
 
+STEERING = dict.fromkeys((*range(32), *range(127, 160)), "�")
+
+
+def harmless(text: str) -> str:
+    """A text in which nothing steers a terminal but new lines and tabs."""
+    return text.translate({key: value for key, value in STEERING.items() if key not in (9, 10)})
+
+
 def talk() -> Console:
     """The console on stderr, for everything that is not a result."""
     return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Print a line on stderr as it is, without markup."""
-    talk().print(text, style=style, markup=False)
+    """Print a line on stderr, without markup."""
+    talk().print(harmless(text), style=style, markup=False)
 
 
 def say_of_ranks(text: str) -> None:
@@ -54,18 +62,17 @@ def fail(error: NopeError) -> NoReturn:
 
     Of several ranks the first prints it all, any other a line, as most errors are of all.
     """
-    console = talk()
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         hint = f"; next: {error.hint}" if error.hint else ""
-        console.print(f"rank {rank}: {error.what}{hint}", markup=False, style="dim")
+        say(f"rank {rank}: {error.what}{hint}", style="dim")
         sys.exit(error.exit_code)
-    console.print("[bold red]error:[/] ", end="")
-    console.print(error.what, markup=False)
+    talk().print("[bold red]error:[/] ", end="")
+    say(error.what)
     if error.where:
-        console.print(f"  where: {error.where}", markup=False, style="dim")
+        say(f"  where: {error.where}", style="dim")
     if error.hint:
-        console.print(f"  next:  {error.hint}", markup=False)
+        say(f"  next:  {error.hint}")
     sys.exit(error.exit_code)
 
 

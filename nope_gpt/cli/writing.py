@@ -9,6 +9,7 @@ from rich.color import Color, ColorSystem
 from rich.console import Console
 from rich.style import Style
 
+from nope_gpt.cli.terminal import harmless
 from nope_gpt.streaming import Piece
 
 COLOR_SYSTEMS = {
@@ -36,14 +37,6 @@ def write_stream(pieces: Iterable[Piece], colorize: bool) -> str:
         sys.stdout.write(style.render(shown, color_system=colors) if colors else shown)
         sys.stdout.flush()
     return text
-
-
-STEERING = dict.fromkeys((*range(32), *range(127, 160)), "�")
-
-
-def harmless(text: str) -> str:
-    """A text in which nothing steers a terminal but new lines and tabs."""
-    return text.translate({key: value for key, value in STEERING.items() if key not in (9, 10)})
 
 
 def color_of(probability: float) -> Style:

@@ -7,8 +7,10 @@ README, or read by the names of its files. The revision is always a commit.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import posixpath
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -23,6 +25,9 @@ from nope_gpt.remote import contacting
 OFFLINE = "try again with a network, or give local files"
 README = "README.md"
 TRAIN = "train"
+
+MOST_PATTERNS = 1000
+"""Of a split of a README, for each of which the Hub is asked."""
 
 
 @dataclass(frozen=True)
@@ -191,34 +196,44 @@ def subset_of(config: dict[str, Any], label: str) -> Subset:
     name, files, folder = config["config_name"], config.get("data_files"), config.get("data_dir")
     if files is None and folder is None:
         raise ValueError(f"{name!r} names no files")
-    splits: dict[str, tuple[str, ...]] = {}
+    splits: dict[str, list[str]] = {}
     if files is None:
-        splits[""] = ("**",)
+        splits[""] = ["**"]
     else:
         for entry in [files] if isinstance(files, str | dict) else files:
             split, path = (entry.get("split", TRAIN), entry["path"]) if isinstance(entry, dict) \
                 else (TRAIN, entry)  # fmt: skip
             paths = [path] if isinstance(path, str) else path
-            splits[split] = splits.get(split, ()) + tuple(paths)
+            splits.setdefault(split, []).extend(paths)
     return Subset(
         str(name),
-        {
-            split: tuple(each for pattern in patterns for each in expanded(pattern, folder or ""))
-            for split, patterns in splits.items()
-        },
+        {split: all_expanded(patterns, folder or "") for split, patterns in splits.items()},
         source=label if name == "default" else str(name),
     )
 
 
-def expanded(pattern: str, folder: str) -> list[str]:
+def all_expanded(patterns: list[str], folder: str) -> tuple[str, ...]:
+    """The patterns that those of a README stand for.
+
+    Raises:
+        ValueError: They are more than anybody lists: a few braces in a row stand for millions.
+    """
+    found = (each for pattern in patterns for each in expanded(pattern, folder))
+    result = tuple(itertools.islice(found, MOST_PATTERNS + 1))
+    if len(result) > MOST_PATTERNS:
+        raise ValueError(f"its files are more than {MOST_PATTERNS:,} patterns")
+    return result
+
+
+def expanded(pattern: str, folder: str) -> Iterator[str]:
     """A pattern of a README as patterns of paths: without `./`, and one for each of `{a,b}`."""
     path = posixpath.normpath(posixpath.join(folder, pattern))
     match = re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", path)
     if not match:
-        return [path]
-    return [
-        each for word in match[2].split(",") for each in expanded(match[1] + word + match[3], "")
-    ]
+        yield path
+        return
+    for word in match[2].split(","):
+        yield from expanded(match[1] + word + match[3], "")
 
 
 def files_of(repo_id: str, revision: str, subset: Subset, split: str) -> list[Remote]:

@@ -9,6 +9,12 @@ Json = dict[str, Any]
 
 COUNTS = ("documents", "holdout_documents", "tokens", "text_bytes", "cut", "duplicates", "dropped")
 
+STATISTICS: dict[str, Any] = dict.fromkeys(COUNTS, int)
+STATISTICS |= {"refused": {...: {"count": int, "first": str}}, "lengths": [int]}
+FILE = {"path": str, "size": int, "sha256": str}
+SOURCE = {"name": str, "files": [FILE], "repo": (str,), "revision": (str,)}
+"""What a manifest says of what is in it, and of where that comes from."""
+
 
 def statistics(units: Iterable[Json]) -> Json:
     """Add up the records of units.
@@ -48,5 +54,5 @@ def bytes_per_token(stats: Json) -> float:
 def used_sources(manifest: Json) -> list[Json]:
     """The sources that a data set has documents of; its siblings have the others."""
     names = {shard["source"] for shard in manifest["shards"]}
-    sources = manifest.get("recipe", {}).get("sources", [])
+    sources = (manifest.get("recipe") or {"sources": []})["sources"]
     return [source for source in sources if source["name"] in names]

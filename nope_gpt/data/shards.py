@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nope_gpt.artifacts import MANIFEST, array_file, read_manifest
-from nope_gpt.data.documents import CHAT, PREFERENCE, TEXT
+from nope_gpt.data.documents import CHAT, CONTENTS, PREFERENCE, TEXT
 from nope_gpt.data.encoding import EncodedDocument, Tokens
-from nope_gpt.data.report import used_sources
+from nope_gpt.data.report import SOURCE, STATISTICS, used_sources
 from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.json_files import Pattern, check
 
-NEEDED = {"content": str, "tokenizer": dict, "shards": list}
-TOLD = {"token_dtype": str, "statistics": dict, "made_with": list, "recipe": dict}
+RECIPE = {"sources": [SOURCE]}
+NEEDED = {
+    "content": str,
+    "tokenizer": {"name": str, "vocabulary_size": int},
+    "token_dtype": str,
+    "shards": [
+        {
+            "name": str,
+            "source": str,
+            "train_documents": int,
+            "train_tokens": int,
+            "holdout_documents": int,
+            "holdout_tokens": int,
+        }
+    ],
+    "statistics": (dict,),
+    "recipe": (RECIPE,),
+}
+TOLD = {"statistics": STATISTICS, "made_with": [str], "recipe": RECIPE}
 """What the manifest of a data set says besides that of any directory: what reading it needs,
 and what is there for people."""
+
+DTYPES = {name: np.dtype(name) for name in ("uint16", "uint32")}
+"""That tokens can have."""
 
 
 @dataclass(frozen=True)
@@ -116,29 +137,45 @@ class Shard:
     train_tokens: int
     num_documents: int
     num_tokens: int
+    token_dtype: np.dtype[Any]
     vocabulary_size: int
     has_mask: bool
 
     @functools.cached_property
     def tokens(self) -> Tokens:
-        return self.load("tokens")
+        return self.load("tokens", self.token_dtype, self.num_tokens)
 
     @functools.cached_property
     def ends(self) -> NDArray[np.int64]:
-        return self.load("ends")
+        ends = self.load("ends", np.dtype(np.int64), self.num_documents)
+        if ends.size and (
+            ends[0] < 0 or ends[-1] != self.num_tokens or (ends[1:] < ends[:-1]).any()
+        ):
+            raise NopeError(
+                "the ends of this shard's documents are not in order", where=str(self.file("ends"))
+            )
+        return ends
 
     @functools.cached_property
     def mask(self) -> NDArray[np.uint8]:
-        return self.load("mask")
+        return self.load("mask", np.dtype(np.uint8), self.num_tokens)
 
-    def load(self, part: str) -> NDArray[Any]:
-        path = self.directory / f"{self.name}.{part}.npy"
+    def file(self, part: str) -> Path:
+        """The file of a part, which lies in the data set's directory whatever its name says."""
+        return self.directory / Path(f"{self.name}.{part}.npy").name
+
+    def load(self, part: str, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+        path = self.file(part)
         try:
             array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # What is no array can fail in any way.
             raise NopeError(f"this shard cannot be read: {error}", where=str(path)) from None
-        if array.ndim != 1:
-            raise NopeError(f"this shard has shape {array.shape}", where=str(path))
+        if array.dtype != dtype or array.shape != (length,):
+            raise NopeError(
+                f"this shard has shape {array.shape} of {array.dtype}, and the manifest says "
+                f"({length},) of {dtype}",
+                where=str(path),
+            )
         return array
 
     def read(self, start: int, end: int) -> NDArray[np.int64]:
@@ -151,7 +188,7 @@ class Shard:
         if tokens.size and tokens.max() >= self.vocabulary_size:
             raise NopeError(
                 f"token {tokens.max()} is outside the vocabulary of {self.vocabulary_size}",
-                where=str(self.directory / f"{self.name}.tokens.npy"),
+                where=str(self.file("tokens")),
             )
         return tokens
 
@@ -182,17 +219,24 @@ class Dataset:
         Raises:
             NopeError: It is missing, damaged or something else.
         """
-        return cls(path, read_manifest(path, "dataset")).with_keys(NEEDED)
+        dataset = cls(path, read_manifest(path, "dataset")).with_keys(NEEDED)
+        for key, known in (("content", CONTENTS), ("token_dtype", DTYPES)):
+            if dataset.manifest[key] not in known:
+                raise NopeError(f"{key} is none of {', '.join(known)}", where=str(path / MANIFEST))
+        return dataset
 
-    def with_keys(self, kinds: Mapping[str, type]) -> Dataset:
-        """Return this data set if its manifest has some keys.
+    def with_keys(self, pattern: Pattern) -> Dataset:
+        """Return this data set if its manifest has what a pattern says.
 
         Raises:
-            NopeError: It lacks one.
+            NopeError: It lacks something.
         """
-        for key, kind in kinds.items():
-            if not isinstance(self.manifest.get(key), kind):
-                raise NopeError(f"the manifest has no {key!r}", where=str(self.path / MANIFEST))
+        try:
+            check(self.manifest, pattern)
+        except ValueError as error:
+            raise NopeError(
+                f"the manifest is damaged: {error}", where=str(self.path / MANIFEST)
+            ) from None
         return self
 
     @property
@@ -221,7 +265,7 @@ class Dataset:
         for source in used_sources(self.manifest):
             entry = {name: source[name] for name in ("name", "repo", "revision") if name in source}
             sources.append(entry | {"files": len(source["files"])})
-        stats = self.manifest.get("statistics", {})
+        stats = self.manifest.get("statistics") or {}
         counts = {name: stats[name] for name in ("documents", "tokens") if name in stats}
         return {"name": self.path.name, **counts, "sources": sources}
 
@@ -236,6 +280,7 @@ class Dataset:
                 train_tokens=entry["train_tokens"],
                 num_documents=entry["train_documents"] + entry["holdout_documents"],
                 num_tokens=entry["train_tokens"] + entry["holdout_tokens"],
+                token_dtype=DTYPES[self.manifest["token_dtype"]],
                 vocabulary_size=self.tokenizer["vocabulary_size"],
                 has_mask=self.content != TEXT,
             )
@@ -247,7 +292,11 @@ class Dataset:
         """The shards; of pairs, those of the better answers beside those of the worse."""
         if self.content != PREFERENCE:
             return [(shard,) for shard in self.shards]
-        return list(zip(self.shards[::2], self.shards[1::2], strict=True))
+        better, worse = self.shards[::2], self.shards[1::2]
+        sizes = [[shard.split(holdout=True) for shard in side] for side in (better, worse)]
+        if sizes[0] != sizes[1]:
+            raise NopeError("its shards are not pairs", where=str(self.path / MANIFEST))
+        return list(zip(better, worse, strict=True))
 
     def require_tokenizer(self, name: str, fingerprint: str, model: str) -> None:
         """Check that the tokens are those of a model.

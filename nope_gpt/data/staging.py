@@ -16,7 +16,6 @@ Records are renamed into place after what they tell of is on the disk, so each i
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import secrets
 import shutil
@@ -27,8 +26,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nope_gpt.artifacts import DAMAGE, sync, write_json, writing
+from nope_gpt.artifacts import sync, write_json, writing
 from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.json_files import DAMAGE, read_json
 
 SUFFIX = ".partial"
 POLL_SECONDS = 0.2
@@ -63,7 +63,7 @@ class Staging:
 
         Args:
             part: Its number, and of how many.
-            waiting: Told once that there is another one.
+            waiting: Told once that there is another one, or that locks have no effect.
 
         Raises:
             UsageError: Other processes have parts of another number of them.
@@ -85,6 +85,8 @@ class Staging:
                 break
             lock.release()
         try:
+            if not is_held(file):
+                waiting("locks have no effect on this file system: prepare one thing at a time")
             self.refuse_other_parts(part)
             yield
         finally:
@@ -223,7 +225,7 @@ def read(path: Path) -> Json | None:
         NopeError: It is damaged.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         return None
     except DAMAGE as error:

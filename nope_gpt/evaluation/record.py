@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nope_gpt import hub
-from nope_gpt.artifacts import DAMAGE, write_file, write_json
+from nope_gpt.artifacts import write_file, write_json
 from nope_gpt.errors import NopeError
 from nope_gpt.evaluation.report import Evaluation
 from nope_gpt.history import STATE
+from nope_gpt.json_files import DAMAGE, read_json
 from nope_gpt.locating import RUN, step_of
 
 RECORD = "evaluation.json"
@@ -80,7 +80,7 @@ def kept(model: str, directory: Path) -> tuple[dict[str, Any], bytes | None] | N
     if not (place / RECORD).is_file():
         return None
     try:
-        found = json.loads((place / RECORD).read_text(encoding="utf-8"))
+        found = read_json(place / RECORD)
         fits = found["weights_sha256"] == hub.digest(directory)
         for each in found["lengths"]:
             for name in ("length", "multiple", "perplexity", "perplexity_ratio", "bits_per_byte"):

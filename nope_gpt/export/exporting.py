@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +12,6 @@ import torch
 
 from nope_gpt import __version__, hub
 from nope_gpt.artifacts import (
-    DAMAGE,
     PARITY,
     describe,
     publish,
@@ -30,6 +28,7 @@ from nope_gpt.export.gguf_readers import GgufReader, LlamaCppReader
 from nope_gpt.export.parity import Report
 from nope_gpt.export.readers import OwnReader, Reader, TransformersReader
 from nope_gpt.export.source import Source, open_source
+from nope_gpt.json_files import DAMAGE, read_json
 from nope_gpt.locating import HISTORY
 from nope_gpt.sharpening import as_setting
 from nope_gpt.transformers_layout import ARCEE, LLAMA
@@ -254,7 +253,7 @@ def is_made(path: Path, name: str, source: Source, config: ExportConfig) -> bool
     if config.push_to_hub is None or config.overwrite:
         return False
     try:
-        record = json.loads((path / PARITY).read_text(encoding="utf-8"))
+        record = read_json(path / PARITY)
         same = {"format": name, "version": __version__, "asked": asked(name, source, config)}
         return all(record[key] == value for key, value in same.items()) and all(
             describe(path / Path(file).name) == entry
@@ -267,7 +266,7 @@ def is_made(path: Path, name: str, source: Source, config: ExportConfig) -> bool
 
 def kept_export(name: str, path: Path, source: Source, config: ExportConfig) -> Export:
     """What was written before, with a card for where it goes to."""
-    record = json.loads((path / PARITY).read_text(encoding="utf-8"))
+    record = read_json(path / PARITY)
     reports = [Report(**{**report, "complaints": ()}) for report in record["reports"]]
     text = card.model_card(called(path, name, config), name, source, reports, path)
     write_file(path / CARD, text.encode())
@@ -283,7 +282,7 @@ def upload(item: Export, config: ExportConfig, tell: Tell) -> Export:
     repo_id = repository_of(item.format, config)
     tell(f"uploading {item.path} to {repo_id}")
     try:
-        record = json.loads((item.path / PARITY).read_text(encoding="utf-8"))
+        record = read_json(item.path / PARITY)
         url = hub.upload(
             item.path,
             repo_id,

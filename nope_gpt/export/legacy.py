@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from nope_gpt import hub, published_layout
-from nope_gpt.artifacts import DAMAGE
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.hub import SavedModel
+from nope_gpt.json_files import DAMAGE
+from nope_gpt.sizing.units import format_bytes
 from nope_gpt.tokenization import BaseTokenizer
 
 ADAPTED = re.compile(r"(.+)\.parametrizations\.weight\.(original|0\.lora_a|0\.lora_b)$")
@@ -49,6 +50,7 @@ def read_checkpoint(path: Path) -> tuple[SavedModel, BaseTokenizer]:
     try:
         settings = published_layout.rename_settings(dict(record["model_args"]), where)
         tensors = {key: value for key, value in record["model"].items() if torch.is_tensor(value)}
+        refuse_larger(tensors, path.stat().st_size)
         alpha = float(record.get("lora_args", {}).get("alpha", 1.0))
         state = published_layout.translate(fold_adapters(tensors, alpha), where)
         name = str(record.get("tokenizer_args", {}).get("name", "r50k_base"))
@@ -56,6 +58,17 @@ def read_checkpoint(path: Path) -> tuple[SavedModel, BaseTokenizer]:
         reason = f"{type(error).__name__}: {error}"
         raise NopeError(f"this checkpoint is damaged ({reason})", where=where) from None
     return hub.assemble(settings, state, where), BaseTokenizer.from_tiktoken(name)
+
+
+def refuse_larger(tensors: dict[str, Tensor], size: int) -> None:
+    """Refuse a tensor of more bytes than its file: a few numbers, said to be many.
+
+    Raises:
+        ValueError: There is one; names it.
+    """
+    for name, tensor in tensors.items():
+        if tensor.nbytes > size:
+            raise ValueError(f"{name} would take {format_bytes(tensor.nbytes)}")
 
 
 def fold_adapters(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nope_gpt.json_files import DAMAGE, read_json
 from nope_gpt.places import cache_directory
 
 
@@ -60,7 +60,7 @@ def store() -> Path:
 
 def known() -> dict[str, Calibration]:
     """The calibrations by device; those of a damaged file are gone."""
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        found = json.loads(store().read_text(encoding="utf-8"))
+    with suppress(*DAMAGE, RuntimeError):  # The last where there is no home.
+        found = read_json(store())
         return {name: Calibration(**values) for name, values in found.items()}
     return {}

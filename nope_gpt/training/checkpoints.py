@@ -7,7 +7,6 @@ is pickled, and nothing depends on the number of ranks.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from nope_gpt import hub
 from nope_gpt.artifacts import (
     FORMAT_VERSION,
     publish,
@@ -29,9 +27,17 @@ from nope_gpt.artifacts import (
 )
 from nope_gpt.errors import MissingError, NopeError
 from nope_gpt.history import STATE
+from nope_gpt.json_files import DAMAGE, check, read_json
 from nope_gpt.locating import Tell, checkpoints_in, newest_checkpoint, step_of, untold
 
 OPTIMIZER = "optimizer.safetensors"
+
+STATE_PATTERN = {
+    **dict.fromkeys(("step", "tokens", "left_out", "rewinds"), int),
+    "seconds": float,
+    "recent_losses": [float],
+    "rotary": bool,
+}
 
 Tensors = dict[str, Tensor]
 
@@ -199,15 +205,29 @@ def set_aside(directory: Path, newest: Path) -> None:
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """How far the run had come."""
-    return Progress(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+    """How far the run had come.
+
+    Raises:
+        NopeError: The file is damaged.
+    """
+    try:
+        found = asdict(Progress()) | read_json(checkpoint / STATE)
+        check(found, STATE_PATTERN)
+        return Progress(**found)
+    except DAMAGE as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise NopeError(
+            f"the state of this run cannot be read ({reason})", where=str(checkpoint / STATE)
+        ) from None
 
 
 def read_tensors(path: Path) -> Tensors:
-    """Read the optimizer or the adapter of a checkpoint."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise MissingError("this checkpoint cannot be resumed from", where=str(path)) from None
-    except SafetensorError as error:
-        raise NopeError(f"this is not a whole safetensors file: {error}", where=str(path)) from None
+    """Read what resuming needs beside the model.
+
+    Raises:
+        MissingError: It is not there.
+        NopeError: It is damaged.
+    """
+    if not path.is_file():
+        raise MissingError("this checkpoint cannot be resumed from", where=str(path))
+    return dict(hub.read_tensors(path))

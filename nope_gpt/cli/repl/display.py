@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.text import Text
 
-from nope_gpt.cli.writing import harmless, write_stream
+from nope_gpt.cli.terminal import harmless
+from nope_gpt.cli.writing import write_stream
 from nope_gpt.streaming import Piece
 
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
