@@ -17,6 +17,7 @@ AT_THE_ROOT = {
     "README.md": "index.md",
     "SECURITY.md": "security.md",
     "CONTRIBUTING.md": "contributing.md",
+    "RELEASING.md": "releasing.md",
     "CHANGELOG.md": "changelog.md",
 }
 LINK = re.compile(r"(\]\()([^)\s:#]+)")

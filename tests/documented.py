@@ -22,9 +22,6 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("guides/*.md"))]
 """Where commands are taken at their word."""
 
-COMING = re.compile(r"nope doctor|nope inspect quickstart/(runs|exports)")
-"""Lines that the pages have and the program has not yet."""
-
 OTHERS = set(
     "cat export hf llama-server lm_eval mlx_lm.generate ollama pip printf sbatch scontrol "
     "tensorboard vllm zcat cd done for".split()

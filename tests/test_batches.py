@@ -46,6 +46,7 @@ def write(
         "format_version": FORMAT_VERSION,
         "content": content,
         "tokenizer": {"name": "none", "fingerprint": "", "vocabulary_size": vocabulary},
+        "token_dtype": token_dtype(vocabulary).name,
         "shards": [],
     }
     shutil.rmtree(path, ignore_errors=True)

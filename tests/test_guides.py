@@ -18,7 +18,7 @@ from pathlib import Path
 import hub_datasets
 import pytest
 import smaller
-from documented import COMING, DOCS, PAGES, ROOT, Block, blocks, commands, lines, nope_words
+from documented import DOCS, PAGES, ROOT, Block, blocks, commands, lines, nope_words
 from loopback_hub import LoopbackHub
 from small_chats import preferences, questions, written
 from test_readme import write_models
@@ -49,7 +49,7 @@ def runs_here(line: str) -> bool:
     words = list(commands(line))
     ours = [nope_words(part) is not None for part in words]
     known = all(is_ours or part[0] in SHELL for is_ours, part in zip(ours, words, strict=True))
-    return known and not ELSEWHERE.search(line) and not COMING.match(line)
+    return known and not ELSEWHERE.search(line)
 
 
 def script_of(block: Block) -> str:
@@ -170,7 +170,7 @@ def beginning_anew(line: str) -> str:
 
 def test_most_of_what_the_guides_say_is_run() -> None:
     told = [line for name in GUIDES for line in shell_lines(DOCS / "guides" / f"{name}.md")]
-    left_out = [line for line in told if not runs_here(line) and not COMING.match(line)]
+    left_out = [line for line in told if not runs_here(line)]
     others = "pip |python -m (llama_cpp|sglang)|mlx_lm|lm_eval|vllm|cd exports|llama-server"
     assert not [line for line in left_out if not re.match(others, line)]
     assert len(told) - len(left_out) > 40

@@ -29,7 +29,7 @@ KNOWN = {
     "device.py": {"ctypes.CDLL"},
     "native.py": {"subprocess.run", "subprocess.Popen", "ctypes.CDLL"},
     "tools.py": {"subprocess.run", "spec.loader.exec_module"},
-    "export/gguf_layout.py": {"subprocess.run"},
+    "export/gguf_files.py": {"subprocess.run"},
     "export/legacy.py": {"torch.load"},
 }
 """The C library's own settings; the compiler and what it made; the user's tools; llama-quantize;
@@ -74,7 +74,7 @@ def test_the_network_is_reached_from_known_places_alone() -> None:
             if NETWORKS & {each.partition(".")[0] for each in imported}:
                 found.add(name)
     assert found == {
-        *("hub.py", "locating.py", "remote.py"),
+        *("diagnosis.py", "hub.py", "locating.py", "remote.py"),
         *("data/catalog.py", "data/downloads.py"),
     }
 
