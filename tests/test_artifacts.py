@@ -119,6 +119,24 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path: Path) -> None:
     assert names(path.parent) == ["data"]
 
 
+def test_what_was_there_comes_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = made(tmp_path / "root" / "artefact", b"first")
+    real = Path.replace
+
+    def refusing(source: Path, target: Path) -> Path:
+        if target == path and ".tmp-" in source.name:
+            raise PermissionError(errno.EACCES, "refused")
+        return real(source, target)
+
+    monkeypatch.setattr(Path, "replace", refusing)
+    with pytest.raises(NopeError, match="cannot write here"):
+        made(path, b"second", overwrite=True)
+    assert (path / "a.bin").read_bytes() == b"first"
+    assert names(path.parent) == ["artefact"]
+
+
 @pytest.mark.parametrize("kind", ["file", "link"])
 def test_a_file_or_a_link_can_be_replaced(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "root" / "data"
