@@ -40,12 +40,16 @@ MEMORY = 1 << 30
 SECONDS = 30
 
 
+class Late(BaseException):
+    """What no reader takes for damage."""
+
+
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
     """End what takes too long, and have no memory for what allocates too much."""
 
     def late(*_: object) -> None:
-        raise TimeoutError
+        raise Late
 
     before = signal.signal(signal.SIGALRM, late)
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -316,6 +320,25 @@ def test_documents_that_do_not_follow_each_other_are_refused(
     np.save(file, ends)
     with pytest.raises(NopeError, match="not in order"):
         Dataset.open(path).shards[0].document(0)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"step": -1},
+        {"step": "3"},
+        {"tokens": None},
+        {"recent_losses": ["x"]},
+        {"more": 1},
+        {"rotary": 1},
+    ],
+)
+def test_a_run_whose_state_is_not_one_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"step": 3, "seconds": 1, "tokens": 48}))
+    assert read_progress(tmp_path).data_step == 3
+    (tmp_path / "state.json").write_text(json.dumps(damage))
+    with pytest.raises(NopeError, match="the state of this run cannot be read"):
+        read_progress(tmp_path)
 
 
 @pytest.mark.parametrize("change", [lambda m: m["shards"].pop(), lambda m: m["shards"].reverse()])
