@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nope_gpt import hub, transcripts
+from nope_gpt.adapters import Adapter, with_adapter
 from nope_gpt.cli import many
 from nope_gpt.cli.terminal import fail
 from nope_gpt.config import PretrainConfig
@@ -361,6 +362,23 @@ def test_a_tokenizer_of_long_tokens_is_read_in_little_time(tmp_path: Path) -> No
     with bounded():
         assert BaseTokenizer.load(tmp_path).vocabulary_size == 271
         assert merges(ranks)[-1] == (b"x" * 2**13, b"x" * 2**13)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("decoder.layers.0.attention.q_proj", 1 << 40, "1,099,511,627,476 tokens more than"),
+        ("decoder.layers.0.attention.q_proj", 300, "does not fit the model"),
+        ("decoder.layers.9.attention.q_proj", 300, "does not fit the model"),
+    ],
+)
+def test_an_adapter_for_a_model_of_another_shape_is_refused(
+    tmp_path: Path, name: str, size: int, message: str
+) -> None:
+    tensors = {f"{name}.lora_a": torch.ones(2, 31), f"{name}.lora_b": torch.ones(32, 2)}
+    adapter = Adapter(tensors, 1.0, 0.0, "base", "", "", size)
+    with bounded(), pytest.raises(NopeError, match=message):
+        with_adapter(hub.load(published(tmp_path)), adapter)
 
 
 def test_a_readme_that_stands_for_a_million_patterns_is_refused() -> None:
