@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nope_gpt import hub, transcripts
+from nope_gpt.adapters import Adapter, with_adapter
 from nope_gpt.cli import many
 from nope_gpt.cli.terminal import fail
 from nope_gpt.config import PretrainConfig
@@ -40,12 +41,16 @@ MEMORY = 1 << 30
 SECONDS = 30
 
 
+class Late(BaseException):
+    """What no reader takes for damage."""
+
+
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
     """End what takes too long, and have no memory for what allocates too much."""
 
     def late(*_: object) -> None:
-        raise TimeoutError
+        raise Late
 
     before = signal.signal(signal.SIGALRM, late)
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -318,6 +323,25 @@ def test_documents_that_do_not_follow_each_other_are_refused(
         Dataset.open(path).shards[0].document(0)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"step": -1},
+        {"step": "3"},
+        {"tokens": None},
+        {"recent_losses": ["x"]},
+        {"more": 1},
+        {"rotary": 1},
+    ],
+)
+def test_a_run_whose_state_is_not_one_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"step": 3, "seconds": 1, "tokens": 48}))
+    assert read_progress(tmp_path).data_step == 3
+    (tmp_path / "state.json").write_text(json.dumps(damage))
+    with pytest.raises(NopeError, match="the state of this run cannot be read"):
+        read_progress(tmp_path)
+
+
 @pytest.mark.parametrize("change", [lambda m: m["shards"].pop(), lambda m: m["shards"].reverse()])
 def test_shards_that_are_no_pairs_are_refused(tmp_path: Path, change: Any) -> None:
     path = TARGETS["pairs"](tmp_path / "data").path
@@ -338,6 +362,23 @@ def test_a_tokenizer_of_long_tokens_is_read_in_little_time(tmp_path: Path) -> No
     with bounded():
         assert BaseTokenizer.load(tmp_path).vocabulary_size == 271
         assert merges(ranks)[-1] == (b"x" * 2**13, b"x" * 2**13)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("decoder.layers.0.attention.q_proj", 1 << 40, "1,099,511,627,476 tokens more than"),
+        ("decoder.layers.0.attention.q_proj", 300, "does not fit the model"),
+        ("decoder.layers.9.attention.q_proj", 300, "does not fit the model"),
+    ],
+)
+def test_an_adapter_for_a_model_of_another_shape_is_refused(
+    tmp_path: Path, name: str, size: int, message: str
+) -> None:
+    tensors = {f"{name}.lora_a": torch.ones(2, 31), f"{name}.lora_b": torch.ones(32, 2)}
+    adapter = Adapter(tensors, 1.0, 0.0, "base", "", "", size)
+    with bounded(), pytest.raises(NopeError, match=message):
+        with_adapter(hub.load(published(tmp_path)), adapter)
 
 
 def test_a_readme_that_stands_for_a_million_patterns_is_refused() -> None:

@@ -79,6 +79,7 @@ def test_the_network_is_reached_from_known_places_alone() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_token_is_nowhere_after_a_download_and_an_upload(
     tmp_path: Path, nope: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

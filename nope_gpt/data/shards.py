@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nope_gpt.artifacts import MANIFEST, array_file, read_manifest
 from nope_gpt.data.documents import CHAT, CONTENTS, PREFERENCE, TEXT
-from nope_gpt.data.encoding import EncodedDocument, Tokens
+from nope_gpt.data.encoding import EncodedDocument, Tokens, token_dtype
 from nope_gpt.data.report import SOURCE, STATISTICS, used_sources
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.json_files import Pattern, check
@@ -29,7 +29,6 @@ RECIPE = {"sources": [SOURCE]}
 NEEDED = {
     "content": str,
     "tokenizer": {"name": str, "vocabulary_size": int},
-    "token_dtype": str,
     "shards": [
         {
             "name": str,
@@ -43,12 +42,9 @@ NEEDED = {
     "statistics": (dict,),
     "recipe": (RECIPE,),
 }
-TOLD = {"statistics": STATISTICS, "made_with": [str], "recipe": RECIPE}
+TOLD = {"token_dtype": str, "statistics": STATISTICS, "made_with": [str], "recipe": RECIPE}
 """What the manifest of a data set says besides that of any directory: what reading it needs,
 and what is there for people."""
-
-DTYPES = {name: np.dtype(name) for name in ("uint16", "uint32")}
-"""That tokens can have."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +133,12 @@ class Shard:
     train_tokens: int
     num_documents: int
     num_tokens: int
-    token_dtype: np.dtype[Any]
     vocabulary_size: int
     has_mask: bool
 
     @functools.cached_property
     def tokens(self) -> Tokens:
-        return self.load("tokens", self.token_dtype, self.num_tokens)
+        return self.load("tokens", token_dtype(self.vocabulary_size), self.num_tokens)
 
     @functools.cached_property
     def ends(self) -> NDArray[np.int64]:
@@ -220,9 +215,10 @@ class Dataset:
             NopeError: It is missing, damaged or something else.
         """
         dataset = cls(path, read_manifest(path, "dataset")).with_keys(NEEDED)
-        for key, known in (("content", CONTENTS), ("token_dtype", DTYPES)):
-            if dataset.manifest[key] not in known:
-                raise NopeError(f"{key} is none of {', '.join(known)}", where=str(path / MANIFEST))
+        if dataset.content not in CONTENTS:
+            raise NopeError(
+                f"its content is none of {', '.join(CONTENTS)}", where=str(path / MANIFEST)
+            )
         return dataset
 
     def with_keys(self, pattern: Pattern) -> Dataset:
@@ -280,7 +276,6 @@ class Dataset:
                 train_tokens=entry["train_tokens"],
                 num_documents=entry["train_documents"] + entry["holdout_documents"],
                 num_tokens=entry["train_tokens"] + entry["holdout_tokens"],
-                token_dtype=DTYPES[self.manifest["token_dtype"]],
                 vocabulary_size=self.tokenizer["vocabulary_size"],
                 has_mask=self.content != TEXT,
             )
