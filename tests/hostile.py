@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -114,11 +115,11 @@ def changed(document: Any, chance: Chance) -> Any:
     """A document in which one value is another, is gone, or has another name."""
     places = list(containers(document))
     if not places:
-        return chance.choice(VALUES)
+        return deepcopy(chance.choice(VALUES))
     place = chance.choice(places)
     keys: list[Any] = list(place) if isinstance(place, dict) else list(range(len(place)))
     if not keys:
-        return chance.choice(VALUES)
+        return deepcopy(chance.choice(VALUES))
     key = chance.choice(keys)
     match chance.randrange(6):
         case 0:
@@ -126,11 +127,11 @@ def changed(document: Any, chance: Chance) -> Any:
         case 1 if isinstance(place, dict):
             place[str(chance.choice(VALUES))[:100]] = place.pop(key)
         case 2:
-            place[key] = place[chance.choice(keys)]
+            place[key] = deepcopy(place[chance.choice(keys)])
         case 3 if isinstance(place[key], int | float) and abs(place[key]) < 1 << 80:
             place[key] *= chance.choice([-1, 2, 0.5, 1000, 1 << 40])
         case _:
-            place[key] = chance.choice(VALUES)
+            place[key] = deepcopy(chance.choice(VALUES))
     return document
 
 

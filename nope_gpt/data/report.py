@@ -11,7 +11,7 @@ COUNTS = ("documents", "holdout_documents", "tokens", "text_bytes", "cut", "dupl
 
 STATISTICS: dict[str, Any] = dict.fromkeys(COUNTS, int)
 STATISTICS |= {"refused": {...: {"count": int, "first": str}}, "lengths": [int]}
-FILE = {"path": str, "size": int, "sha256": str}
+FILE = {"path": str, "size": int, "sha256": (str,), "git": (str,)}
 SOURCE = {"name": str, "files": [FILE], "repo": (str,), "revision": (str,)}
 """What a manifest says of what is in it, and of where that comes from."""
 
