@@ -266,8 +266,9 @@ def replace_directory(new: Path, path: Path) -> None:
         new.replace(path)
     finally:
         if not path.exists() and old.exists():
-            old.replace(path)
-        elif old.is_symlink() or old.is_file():
+            with suppress(OSError):  # Unless another process has just taken the place.
+                old.replace(path)
+        if old.is_symlink() or old.is_file():
             old.unlink()
         elif old.is_dir():
             # Windows and NFS keep what another process reads.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def assemble(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> 
         raise NopeError("the token embedding is missing", where=where)
     if state[published_layout.TIED].dim() != 2:
         raise NopeError("the token embedding is no matrix", where=where)
-    known = set(ModelConfig.__dataclass_fields__)
+    known = {field.name for field in fields(ModelConfig)}
     try:
         config = ModelConfig(
             **{key: value for key, value in settings.items() if key in known}

@@ -22,7 +22,7 @@ from small_chats import base_run, dataset_of, preferences, questions, tuned
 from nope_gpt import adapters, hub, transcripts
 from nope_gpt.artifacts import MANIFEST, describe, verify
 from nope_gpt.byte_pairs import tokenizer_json
-from nope_gpt.cli import inspect, many
+from nope_gpt.cli import datasets, many
 from nope_gpt.config import PretrainConfig, TuneConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.chats import ChatBatches
@@ -32,7 +32,7 @@ from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.errors import NopeError
 from nope_gpt.evaluation import record
 from nope_gpt.export import card, legacy
-from nope_gpt.history import stages_of
+from nope_gpt.history import logged, stages_of
 from nope_gpt.knobs import read_settings, resolve
 from nope_gpt.locating import locate
 from nope_gpt.memory import Message
@@ -41,7 +41,6 @@ from nope_gpt.published_layout import published_names
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
 from nope_gpt.tools import calls_in, load_tools, told
 from nope_gpt.training import checkpoints, runs
-from nope_gpt.training.reporting import rows
 from nope_gpt.transformers_layout import ARCEE, LLAMA, settings, to_layout
 
 TEXT = "The function returns a new list. The list holds the values that it was given. "
@@ -231,7 +230,7 @@ def trained_run(root: Path) -> Target:
         runs.check_facts(runs.stored_record(run, "tune").get("facts", {}), facts, run)
         assert checkpoints.read_progress(place).data_step >= 0
         checkpoints.read_tensors(place / checkpoints.OPTIMIZER)
-        rows(run / "metrics.jsonl")
+        logged(run / "metrics.jsonl")
         adapter = adapters.load(adapters.place_of(str(run)))
         NoPEGPT.from_saved(adapters.with_adapter(base_model, adapter))
 
@@ -292,10 +291,10 @@ def use_chats(path: Path) -> None:
 def use_dataset(path: Path) -> Dataset:
     """Find a data set, and print what `nope inspect` prints."""
     dataset = Dataset.open(find_dataset(path, None)).with_keys(TOLD)
-    assert inspect.report(dataset.manifest)
-    assert inspect.summary(dataset.manifest)
+    assert datasets.report(dataset.manifest)
+    assert datasets.summary(dataset.manifest)
     for sample in samples_of(dataset, 2):
-        assert inspect.described(sample)["streams"]
+        assert datasets.described(sample)["streams"]
     assert dataset.fingerprint
     assert json.dumps(dataset.origin)
     verify(path, dataset.manifest)

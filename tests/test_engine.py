@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -131,9 +132,9 @@ def test_tokens_for_each_step_set_the_accumulation_or_are_refused_with_the_arith
 def test_presets_have_the_size_of_their_name(preset: str, size: float) -> None:
     config = PretrainConfig(**PRESETS[PretrainConfig][preset])
     shape = {
-        name: getattr(config, name)
-        for name in ModelConfig.__dataclass_fields__
-        if hasattr(config, name)
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(ModelConfig)
+        if hasattr(config, field.name)
     }
     assert count_parameters(ModelConfig(**shape)).total == pytest.approx(size, rel=0.03)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +236,9 @@ def test_an_index_of_weights_reads_nothing_outside_of_its_directory(tmp_path: Pa
     (tmp_path / "model" / WEIGHTS).rename(tmp_path / "elsewhere.safetensors")
     index = {"weight_map": dict.fromkeys(tensors, "../elsewhere.safetensors")}
     (tmp_path / "model" / INDEX).write_text(json.dumps(index))
-    with pytest.raises(NopeError, match="this is not a whole safetensors file") as caught:
+    inside = tmp_path / "model" / "elsewhere.safetensors"
+    with pytest.raises(NopeError, match=f"{INDEX} cannot be read.*{re.escape(str(inside))}"):
         load(tmp_path / "model")
-    assert caught.value.where == str(tmp_path / "model" / "elsewhere.safetensors")
 
 
 @pytest.mark.parametrize("missing", ["config.json", WEIGHTS, "tokenizer.json", RANKS])

@@ -21,8 +21,9 @@ import pytest
 from nope_gpt.artifacts import ArrayFile
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data import planning, reading, schedule, units
+from nope_gpt.data.preparation import Preparation
 from nope_gpt.data.prepare import prepare
-from nope_gpt.errors import NopeError
+from nope_gpt.errors import NetworkError, NopeError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and kill")
 
@@ -407,8 +408,6 @@ def test_after_a_file_is_mended_the_units_of_the_others_are_not_made_again(
     with pytest.raises(NopeError, match="this line is not JSON") as caught:
         prepare(names, settings(root))
     assert caught.value.where == f"{torn}:2"
-    assert "files are encoded and kept in" in str(caught.value.hint)
-    assert "None" not in str(caught.value)
     kept = {path.name for path in (root / "corpus-bytes.partial" / "units").iterdir()}
     assert len(kept) > 5
     torn.write_text('{"text": "fine"}\n{"text": "mended"}\n')
@@ -427,3 +426,15 @@ def test_after_a_file_is_mended_the_units_of_the_others_are_not_made_again(
     prepare(names, settings(calm))
     assert len(made) - num_before > num_before, "most of it was kept"
     assert tree(root) == tree(calm)
+
+
+@pytest.mark.parametrize("hint", ["look at the network", None])
+def test_an_error_says_what_is_kept_also_where_it_has_no_hint_of_its_own(
+    tmp_path: Path, hint: str | None
+) -> None:
+    job = Preparation(corpus(tmp_path / "corpus"), settings(tmp_path / "root"), lambda _: None)
+    job.staging.keep_unit({"unit": "one"})
+    told = job.with_what_is_kept(NetworkError("gone", hint=hint)).hint
+    assert told is not None
+    kept = f"0 of 0 files are encoded and kept in {job.staging.path}, and the same command goes on"
+    assert told == (f"{hint}; {kept}" if hint else kept)
