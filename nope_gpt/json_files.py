@@ -46,7 +46,11 @@ def read_json(path: Path) -> Any:
         raise OSError("it is no plain file")
     if size > LARGEST:
         raise ValueError(f"it has {size:,} bytes")
-    return parse_json(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    document = parse_json(text)
+    if "\\u" in text:  # Half a character, which nothing can print or write, is told here.
+        json.dumps(document, ensure_ascii=False).encode()
+    return document
 
 
 def parse_json(text: str) -> Any:

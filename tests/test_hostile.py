@@ -179,6 +179,11 @@ def test_json_is_read_within_bounds(tmp_path: Path) -> None:
         parse_json(f"[{deep}]")
     with pytest.raises(ValueError, match="'a' twice"):
         parse_json('[{"a": 1, "b": 2, "a": 1}]')
+    (tmp_path / "half.json").write_text(r'{"a\ud83d": "\ud83d\ude00"}')
+    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+        read_json(tmp_path / "half.json")
+    (tmp_path / "whole.json").write_text(r'{"a": "\ud83d\ude00"}')
+    assert read_json(tmp_path / "whole.json") == {"a": "\N{GRINNING FACE}"}
     with (tmp_path / "large.json").open("wb") as file:
         file.truncate(LARGEST + 1)
     with bounded(), pytest.raises(ValueError, match="it has 536,870,913 bytes"):
