@@ -96,7 +96,7 @@ def type_in(root: Path, script: str, env: dict[str, str]) -> None:
     """Run a script as it would be typed in a house, to its end."""
     place = {"HOME": str(root / "home"), "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script.replace(".venv/bin/", "")],
+        ["bash", "-euo", "pipefail", "-c", re.sub(r"(?<!/)\.venv/bin/", "", script)],
         cwd=root / "work",
         env=os.environ | place | {"OMP_NUM_THREADS": "1"} | env,
         stdin=subprocess.DEVNULL,
