@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from nope_gpt import hub, transcripts
 from nope_gpt.adapters import Adapter, with_adapter
-from nope_gpt.cli import many
+from nope_gpt.cli import inspect, many
 from nope_gpt.cli.terminal import fail
 from nope_gpt.config import PretrainConfig
 from nope_gpt.data.catalog import subset_of
@@ -353,6 +353,14 @@ def test_shards_that_are_no_pairs_are_refused(tmp_path: Path, change: Any) -> No
     edited(path, lambda manifest: manifest["shards"][0].update(train_documents=0))
     with pytest.raises(NopeError, match="not pairs"):
         _ = Dataset.open(edited(path, change)).sides
+
+
+def test_a_data_set_of_no_lengths_is_told_as_such(tmp_path: Path) -> None:
+    path = edited(
+        TARGETS["texts"](tmp_path / "data").path,
+        lambda manifest: manifest["statistics"].update(lengths=[0, 0]),
+    )
+    assert inspect.report(Dataset.open(path).manifest).endswith(" 0")
 
 
 def test_a_tokenizer_of_long_tokens_is_read_in_little_time(tmp_path: Path) -> None:
