@@ -347,6 +347,13 @@ def test_a_run_whose_state_is_not_one_is_refused(tmp_path: Path, damage: dict[st
         read_progress(tmp_path)
 
 
+@pytest.mark.parametrize("record", [[], {}, {"config": []}, {"config": {}, "facts": "x"}])
+def test_a_run_whose_settings_are_none_is_refused(tmp_path: Path, record: Any) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(NopeError, match="settings cannot be read"):
+        stored_record(tmp_path, "pretrain")
+
+
 @pytest.mark.parametrize("change", [lambda m: m["shards"].pop(), lambda m: m["shards"].reverse()])
 def test_shards_that_are_no_pairs_are_refused(tmp_path: Path, change: Any) -> None:
     path = TARGETS["pairs"](tmp_path / "data").path

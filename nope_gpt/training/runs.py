@@ -27,7 +27,7 @@ from nope_gpt.config import TrainingConfig
 from nope_gpt.device import Ranks, draw_seed, resolve_device, reuse_freed_memory
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.history import STATE
-from nope_gpt.json_files import DAMAGE, read_json
+from nope_gpt.json_files import DAMAGE, check, read_json
 from nope_gpt.locating import RUN, checkpoints_in, step_of
 from nope_gpt.training import checkpoints, distribution
 from nope_gpt.training.watchdog import Watchdog
@@ -88,13 +88,12 @@ def stored_record(path: Path, command: str) -> dict[str, Any]:
     """
     file = path / RUN
     try:
-        record = read_json(file)
+        record: dict[str, Any] = read_json(file)
+        check({"facts": {}} | record, {"config": dict, "facts": dict})
     except FileNotFoundError:
         return {}
     except DAMAGE as error:
         raise NopeError(f"this run's settings cannot be read: {error}", where=str(file)) from None
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise NopeError("this run's settings are damaged", where=str(file))
     if record.get("command") != command:
         raise UsageError(
             f"this is a run of nope {record.get('command')}",
