@@ -30,7 +30,9 @@ class Drawn:
         return int(self.provider.ConsumeIntInRange(0, stop - 1))
 
     def choice(self, items: Sequence[Any]) -> Any:
-        """One of some items."""
+        """One of some items; `IndexError` if there is none, as of `random.Random`."""
+        if not items:
+            raise IndexError
         return items[self.randrange(len(items))]
 
     def randbytes(self, count: int) -> bytes:

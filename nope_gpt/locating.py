@@ -11,7 +11,7 @@ from typing import Any
 
 from nope_gpt.artifacts import MANIFEST, read_manifest, verify
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
-from nope_gpt.json_files import DAMAGE, read_json
+from nope_gpt.json_files import DAMAGE, check, read_json
 from nope_gpt.remote import contacting
 
 CONFIG = "config.json"
@@ -133,9 +133,8 @@ def read_run(directory: Path) -> dict[str, Any]:
     file = directory / RUN
     try:
         record = read_json(file)
-        for name, kind in {"command": str, "config": dict, "checkpoints": str}.items():
-            if not isinstance(record[name], kind):
-                raise TypeError(f"{name} is {record[name]!r}")
+        kinds = {"command": str, "config": dict, "checkpoints": str, "facts": dict}
+        check({"facts": {}} | record, kinds)
         (directory / record["checkpoints"]).is_dir()  # A name that no place can have is told here.
     except FileNotFoundError:
         raise MissingError("this is not a run", where=str(directory)) from None

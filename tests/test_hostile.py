@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from nope_gpt import hub, transcripts
 from nope_gpt.adapters import Adapter, with_adapter
-from nope_gpt.cli import many
+from nope_gpt.cli import datasets, many
 from nope_gpt.cli.terminal import fail
 from nope_gpt.config import PretrainConfig
 from nope_gpt.data.catalog import subset_of
@@ -354,12 +354,27 @@ def test_a_run_whose_state_is_not_one_is_refused(tmp_path: Path, damage: dict[st
         read_progress(tmp_path)
 
 
+@pytest.mark.parametrize("record", [[], {}, {"config": []}, {"config": {}, "facts": "x"}])
+def test_a_run_whose_settings_are_none_is_refused(tmp_path: Path, record: Any) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(NopeError, match="settings are damaged"):
+        stored_record(tmp_path, "pretrain")
+
+
 @pytest.mark.parametrize("change", [lambda m: m["shards"].pop(), lambda m: m["shards"].reverse()])
 def test_shards_that_are_no_pairs_are_refused(tmp_path: Path, change: Any) -> None:
     path = TARGETS["pairs"](tmp_path / "data").path
     edited(path, lambda manifest: manifest["shards"][0].update(train_documents=0))
     with pytest.raises(NopeError, match="not pairs"):
         _ = Dataset.open(edited(path, change)).sides
+
+
+def test_a_data_set_of_no_lengths_is_told_as_such(tmp_path: Path) -> None:
+    path = edited(
+        TARGETS["texts"](tmp_path / "data").path,
+        lambda manifest: manifest["statistics"].update(lengths=[0, 0]),
+    )
+    assert datasets.report(Dataset.open(path).manifest).endswith(" 0")
 
 
 def test_a_tokenizer_of_long_tokens_is_read_in_little_time(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def source_line(source: dict[str, Any]) -> str:
 def histogram(lengths: list[int]) -> list[str]:
     """A bar for each power of two, from the first to the last that occurs."""
     first = next((power for power, count in enumerate(lengths) if count), 0)
-    most = max(lengths, default=0)
+    most = max([1, *lengths])
     return [
         f"  {2**power:>9,} – {2 ** (power + 1) - 1:<9,} "
         f"{'█' * round(BAR_WIDTH * count / most) or ('▏' if count else ''):<{BAR_WIDTH}} {count:,}"
