@@ -242,15 +242,19 @@ def refuse_small_disk(directory: Path, size: int, what: str, flag: str) -> None:
     Raises:
         CapacityError: With both figures.
     """
-    place = directory.absolute()
-    existing = next(path for path in (place, *place.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_directory(directory)).free
     if size > free:
         raise CapacityError(
             f"{what} takes {format_bytes(size)}, and the disk has {format_bytes(free)} left",
             where=str(directory),
             hint=f"free some space, or choose another {flag}",
         )
+
+
+def nearest_directory(path: Path) -> Path:
+    """The directory itself, or the first one above it that is there."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.is_dir())
 
 
 def replace_directory(new: Path, path: Path) -> None:
@@ -350,7 +354,11 @@ def read_manifest(path: Path, kind: str) -> Manifest:
             f"the manifest is damaged ({type(error).__name__}: {error})", where=str(file)
         ) from None
     if found != kind:
-        raise UsageError(f"this is a {found}, not a {kind}", where=str(path))
+        raise UsageError(
+            f"this is a {found}, not a {kind}",
+            where=str(path),
+            hint=f"see what it is: nope inspect {path}",
+        )
     if version != FORMAT_VERSION:
         raise NopeError(
             f"this {kind} has format {version}, and this program reads format {FORMAT_VERSION}",

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from nope_gpt import __version__, native
+from nope_gpt.artifacts import nearest_directory
 from nope_gpt.config import PRESETS, SHAPE_TINY, ModelConfig, PretrainConfig, SizeConfig
 from nope_gpt.device import (
     has_bfloat16,
@@ -166,7 +167,7 @@ def disk(_: torch.device) -> Iterator[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for name, place in {"disk": Path.cwd(), "downloads": Path(HF_HUB_CACHE)}.items():
-        existing = next(path for path in (place, *place.parents) if path.exists())
+        existing = nearest_directory(place)
         told = f"{format_bytes(shutil.disk_usage(existing).free)} free for {place}"
         try:
             with tempfile.TemporaryFile(dir=existing):

@@ -318,6 +318,7 @@ error: there is no such model
 $ nope tune --model datasets/text  [2]
 error: this is a dataset, not a checkpoint
   where: datasets/text
+  next:  see what it is: nope inspect datasets/text
 
 $ nope tune --model runs/pretrain --dataset text  [2]
 error: this data set holds text
@@ -480,6 +481,7 @@ error: there is no valid checkpoint
 $ nope generate hi --model datasets/text  [2]
 error: this is a dataset, not a checkpoint
   where: datasets/text
+  next:  see what it is: nope inspect datasets/text
 
 $ nope generate --prompt-file none  [3]
 error: there is no such file

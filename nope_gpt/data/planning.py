@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt import tokenization
-from nope_gpt.artifacts import FORMAT_VERSION, is_leftover, plain
+from nope_gpt.artifacts import FORMAT_VERSION, is_leftover, nearest_directory, plain
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data import catalog, units
 from nope_gpt.data.documents import TEXT
@@ -296,9 +296,3 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def nearest_directory(path: Path) -> Path:
-    """The directory itself, or the first one above it that is there."""
-    path = path.absolute()
-    return next(each for each in (path, *path.parents) if each.is_dir())
