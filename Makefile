@@ -10,7 +10,7 @@ FUZZ ?= models data_sets conversations
 SECONDS ?= 600
 PYTEST_RUN := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup quickstart test test-slow coverage hooks ci test-online test-llama mutants fuzz check fix docs site dist dist-check clean
+.PHONY: help setup quickstart test test-slow coverage hooks ci test-online test-llama test-gpu mutants fuzz check fix docs site dist dist-check clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ test-online: setup  ## First contact with the real Hub: both published models
 test-llama: setup  ## Install llama.cpp, which compiles for minutes, and run the tests that need it
 	$(INSTALL) -c $(CONSTRAINTS) llama-cpp-python
 	$(BIN)/python -m pytest -m llama $(PYTEST) $(TESTS)
+
+test-gpu: setup  ## Run what needs an NVIDIA GPU
+	$(PYTEST_RUN) -m gpu $(PYTEST) $(TESTS)
 
 mutants: setup  ## Plant faults, `MODULES="attention hub"` for some, and see the tests catch them
 	$(BIN)/python tests/mutants.py --jobs 2 $(MODULES)

@@ -19,6 +19,8 @@ from nope_gpt.caching import KVCache
 from nope_gpt.export import gguf_files
 from nope_gpt.model import NoPEGPT
 
+CPU = torch.device("cpu")
+
 LLAMA_CPP_ERROR = 4
 """GGML_LOG_LEVEL_ERROR of ggml.h."""
 
@@ -42,8 +44,8 @@ def prepared(model: NoPEGPT, kind: str) -> NoPEGPT:
 
 
 def empty_cache(model: NoPEGPT, capacity: int, batch: int) -> KVCache:
-    """Our cache, for decoding by the compiled code."""
-    return model.new_cache(capacity, batch, compile="on")
+    """Our cache, on a CPU for decoding by the compiled code."""
+    return model.new_cache(capacity, batch, compile="on" if model.device.type == "cpu" else "off")
 
 
 def predicted(model: NoPEGPT, cache: KVCache, tokens: Tensor) -> Tensor:
@@ -108,8 +110,9 @@ def bytes_of(tensors: Iterator[Tensor]) -> int:
 class Ours:
     """This project's."""
 
-    def __init__(self, shape: dict[str, int], kind: str) -> None:
-        self.model = prepared(network(shape), "float32")
+    def __init__(self, shape: dict[str, int], kind: str, device: torch.device = CPU) -> None:
+        self.device = device
+        self.model = prepared(network(shape), "float32").to(device)
         self.exact = logits_of_sample(self, shape["vocabulary"])
         self.model = prepared(self.model, kind)
         self.size = bytes_of(iter(self.model.state_dict().values()))
@@ -120,7 +123,7 @@ class Ours:
 
     def read(self, tokens: Tensor) -> Tensor:
         assert self.cache
-        return predicted(self.model, self.cache, tokens)
+        return predicted(self.model, self.cache, tokens.to(self.device))
 
     def forget(self, count: int) -> None:
         assert self.cache
@@ -134,9 +137,12 @@ class Ours:
 class Transformers:
     """Hugging Face transformers, with its cache that grows or the one that does not."""
 
-    def __init__(self, shape: dict[str, int], kind: str, *, is_static: bool) -> None:
+    def __init__(
+        self, shape: dict[str, int], kind: str, device: torch.device = CPU, *, is_static: bool
+    ) -> None:
         self.is_static = is_static
-        self.model = arcee(network(shape), shape["T"]).eval()
+        self.device = device
+        self.model = arcee(network(shape), shape["T"]).eval().to(device)
         assert self.model.config._attn_implementation == "sdpa"
         self.exact = logits_of_sample(self, shape["vocabulary"])
         self.model.to(getattr(torch, kind))
@@ -154,6 +160,7 @@ class Transformers:
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.to(self.device)
         found = self.model(input_ids=tokens, cache=self.cache, use_cache=True, logits_to_keep=1)
         result: Tensor = found.logits[:, -1]
         return result

@@ -2,20 +2,21 @@
 
     pip install -e '.[bench]' gguf llama-cpp-python
     python benchmarks/generate.py [--shape 400m|tiny] [--rounds 5] [--steps 16]
-        [--case 1x512] [--dtype bfloat16] [--without WAY] [--d 384] [--layers 6] ...
+        [--case 1x512] [--dtype bfloat16] [--without WAY] [--device cuda] [--d 384] ...
 
 Every way runs the same random weights in a process of its own; a case is a batch and a context,
 the tokens in the cache of each row. The processes take turns, round after round. In each of them
 a way decodes a few tokens, one at a time, and forgets them; a short prompt it also reads anew,
 long ones only once. The tables give medians: of all prompts' times to the first logits, and of
-all decoding steps. llama.cpp is there if llama-cpp-python and gguf are installed.
+all decoding steps. llama.cpp is there if llama-cpp-python and gguf are installed, on a CPU.
 
 Before anything is timed, the logits of every way, from a cache, must be those of our network
 without a cache: in float32 to 1e-4, else by their divergence (KL); a rotation left on moves them
 more. For each token all weights are read and the cache of every row; that over the time of a step
-is set beside the rate at which all threads read a big array, the best of several ways, measured
-in every round too. Peak memory is that of the process from an empty cache on, with Python and
-torch in each of them. The last table tells whether a token costs more the later it comes.
+is set beside the rate at which all threads, or the GPU, read a big array, the best of several
+ways, measured in every round too. Peak memory is that of the process from an empty cache on, with
+Python and torch in each of them, or of all tensors on the GPU. The last table tells whether a
+token costs more the later it comes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -40,7 +40,7 @@ import torch
 from engines import LlamaCpp, Ours, Transformers, Way, logits_of_sample, network, sample, write_gguf
 from torch import Tensor
 from torch.nn import functional as F
-from train import SHAPES, Worker, forget_peak, hardware, memory, model_config
+from train import SHAPES, Worker, forget_peak, hardware, memory, model_config, now
 
 from nope_gpt.sizing.units import format_bytes
 
@@ -57,32 +57,30 @@ SHORT = 1024
 MILESTONES = (100, 1000)
 """Tokens of one generation at which its speed is told, as the median of the 32 around."""
 
-CPU = torch.device("cpu")
-
 
 class Entry(NamedTuple):
     """A way: what it is built by, the bytes of a weight, and how far its logits may diverge."""
 
-    build: Callable[[dict[str, int], Path, int], Way]
+    build: Callable[[dict[str, int], argparse.Namespace], Way]
     width: int
     divergence: float
 
 
-def ours(kind: str, shape: dict[str, int], _place: Path, _threads: int) -> Way:
+def ours(kind: str, shape: dict[str, int], options: argparse.Namespace) -> Way:
     """This project's."""
-    return Ours(shape, kind)
+    return Ours(shape, kind, torch.device(options.device))
 
 
 def transformers(
-    kind: str, is_static: bool, shape: dict[str, int], _place: Path, _threads: int
+    kind: str, is_static: bool, shape: dict[str, int], options: argparse.Namespace
 ) -> Way:
     """That of Hugging Face transformers."""
-    return Transformers(shape, kind, is_static=is_static)
+    return Transformers(shape, kind, torch.device(options.device), is_static=is_static)
 
 
-def llama_cpp(kind: str, _shape: dict[str, int], place: Path, threads: int) -> Way:
+def llama_cpp(kind: str, _shape: dict[str, int], options: argparse.Namespace) -> Way:
     """That of llama.cpp."""
-    return LlamaCpp(place / f"{kind}.gguf", threads)
+    return LlamaCpp(options.place / f"{kind}.gguf", options.threads)
 
 
 WAYS: dict[str, Entry] = {
@@ -105,18 +103,19 @@ def say(answer: object) -> None:
 
 def serve(name: str, options: argparse.Namespace) -> None:
     """Be one way: answer each line on stdin, what to do and with what numbers."""
-    shape, place, rows = options.dimensions, options.place, options.dimensions["vocabulary"]
+    shape, rows = options.dimensions, options.dimensions["vocabulary"]
+    device = torch.device(options.device)
     if name == "reference":
         model = network(shape)
         if find_spec("llama_cpp") and find_spec("gguf"):
-            write_gguf(model, shape["T"], place)
+            write_gguf(model, shape["T"], options.place)
         with torch.inference_mode():
             say(model(sample(1, 24, rows))[0, -1].tolist())
         return
     if name == "memory":
-        serve_bandwidth(options.threads)
+        serve_bandwidth(options.threads, device)
         return
-    way = WAYS[name].build(shape, place, options.threads)
+    way = WAYS[name].build(shape, options)
     exact = None if way.exact is None else way.exact.tolist()
     say({"exact": exact, "logits": logits_of_sample(way, rows).tolist(), "size": way.size})
     for line in sys.stdin:
@@ -124,30 +123,33 @@ def serve(name: str, options: argparse.Namespace) -> None:
         if what == "read":
             batch, context, room = numbers
             way.begin(context + room, batch)
-            forget_peak(CPU)
-            say(seconds_of(partial(way.read, sample(batch, context, rows))))
+            forget_peak(device)
+            say(seconds_of(partial(way.read, sample(batch, context, rows)), device))
         elif what == "decode":
             batch, count = numbers
             tokens = sample(batch, count, rows).split(1, dim=1)
-            say([seconds_of(partial(way.read, each)) for each in tokens])
+            say([seconds_of(partial(way.read, each), device) for each in tokens])
             way.forget(count)
         elif what == "generate":
             assert isinstance(way, Ours)
             following = way.generate(*numbers)
-            say([seconds_of(partial(next, following)) for _ in range(*numbers)])
+            say([seconds_of(partial(next, following), device) for _ in range(*numbers)])
         else:
-            say(memory(CPU))
+            say(memory(device))
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """What it takes."""
-    started = time.perf_counter()
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """What it takes, until the device has done it."""
+    started = now(device)
     work()
-    return time.perf_counter() - started
+    return now(device) - started
 
 
-def serve_bandwidth(threads: int) -> None:
+def serve_bandwidth(threads: int, device: torch.device) -> None:
     """Answer each line on stdin with the bytes a second at which a big array is read."""
+    if device.type != "cpu":
+        serve_bandwidth_of_gpu(device)
+        return
     array = np.ones(1 << 27, np.uint64)
     floats = array.view(np.float32)
     tensor, pool = torch.from_numpy(floats), ThreadPoolExecutor(threads)
@@ -161,13 +163,23 @@ def serve_bandwidth(threads: int) -> None:
     ]
     say({})
     for _ in sys.stdin:
-        say(array.nbytes / min(seconds_of(way) for way in ways * 3))
+        say(array.nbytes / min(seconds_of(way, device) for way in ways * 3))
+
+
+def serve_bandwidth_of_gpu(device: torch.device) -> None:
+    """Answer each line on stdin with the bytes a second at which a GPU reads a big array."""
+    tensor = torch.ones(1 << 30, device=device)
+    say({})
+    for _ in sys.stdin:
+        taken = min(seconds_of(way, device) for way in [tensor.sum, tensor.max] * 5)
+        say(tensor.nbytes / taken)
 
 
 def measured(shape: dict[str, int], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All ways in turn: the figures of each case, and then those of a long generation."""
     with tempfile.TemporaryDirectory() as place:
         arguments = ["--threads", str(options.threads), "--place", place]
+        arguments += ["--device", options.device]
         arguments += ["--dimensions", json.dumps(shape)]
         start = partial(Worker, arguments=arguments, script=__file__)
         reference = start("reference")
@@ -226,7 +238,7 @@ def measured_case(
 def chosen(options: argparse.Namespace) -> list[str]:
     """The ways that are wanted and possible."""
     without = set(options.without)
-    if not (find_spec("llama_cpp") and find_spec("gguf")):
+    if options.device != "cpu" or not (find_spec("llama_cpp") and find_spec("gguf")):
         without |= {way for way in WAYS if way.startswith("llama.cpp")}
     widths = {WIDTHS[dtype] for dtype in options.dtype or WIDTHS}
     return [way for way in WAYS if way not in without and WAYS[way].width in widths]
@@ -306,7 +318,7 @@ def main() -> None:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--dimensions", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
-    parser.set_defaults(device="cpu")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.way:

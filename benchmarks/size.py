@@ -1,12 +1,13 @@
 """How far calculators of memory are from what a training step takes.
 
-    python benchmarks/size.py --eleuther calc_transformer_mem.py
+    python benchmarks/size.py [--eleuther calc_transformer_mem.py] [--device cuda]
 
-Each workload is trained for two real steps on the CPU, with torch's profiler adding up what its
-allocator gives out, and calculated by `nope size`, by its rehearsal without numbers, by
-EleutherAI's calculator (the file of that name from github.com/EleutherAI/cookbook, if its path is
-given), by accelerate's rule (four times the weights in float32, for Adam) and by the notebook that
-`nope size` replaces (the weights alone). Then `nope size` itself is timed, whole processes.
+Each workload is trained for two real steps, with torch's profiler adding up what its allocator for
+the CPU gives out, or by the count of that for a GPU, and calculated by `nope size`, by its
+rehearsal without numbers, by EleutherAI's calculator (the file of that name from
+github.com/EleutherAI/cookbook, if its path is given), by accelerate's rule (four times the weights
+in float32, for Adam) and by the notebook that `nope size` replaces (the weights alone). Then `nope
+size` itself is timed, whole processes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ from nope_gpt.sizing.arithmetic import count_parameters
 from nope_gpt.sizing.memory import training_memory
 from nope_gpt.training.measuring import allocated_peak, rehearsed_peak
 
-CPU = torch.device("cpu")
-
-COMMON = {"device": "cpu", "optimizer": "adamw", "precision": "bfloat16", "recall": 0.0}
+COMMON = {"optimizer": "adamw", "precision": "bfloat16", "recall": 0.0}
 """Nothing beside the loss of the next token, as the others count."""
 
 
@@ -92,13 +91,20 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--eleuther", type=Path, help="calc_transformer_mem.py")
     options.add_argument("--largest", type=float, default=16e9, help="bytes to train in, at most")
+    options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     chosen = options.parse_args()
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}")
+    device = torch.device(chosen.device)
+    name = platform.processor() or platform.machine()
+    if chosen.device == "cuda":
+        name = torch.cuda.get_device_name()
+        allocated_peak(next(iter(WORKLOADS.values())), device)  # What libraries keep.
+    print(f"torch {torch.__version__}, {name}")
     print("| workload | measured | nope size | rehearsed | EleutherAI | accelerate | notebook |")
     print("|---|---|---|---|---|---|---|")
     for name, work in WORKLOADS.items():
-        ours, rehearsed = training_memory(work).peak, rehearsed_peak(work, CPU)
-        measured = allocated_peak(work, CPU) if ours < chosen.largest else None
+        work = work.changed(device=chosen.device)
+        ours, rehearsed = training_memory(work).peak, rehearsed_peak(work, device)
+        measured = allocated_peak(work, device) if ours < chosen.largest else None
         weights = 4 * count_parameters(work).total
         others = [ours, rehearsed, None, 4 * weights, weights]
         if chosen.eleuther:

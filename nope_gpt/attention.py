@@ -81,6 +81,8 @@ def causal_attention(
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(num_before)
     elif numbers is not None:
         mask = (numbers[:, None, :, None] == numbers[:, None, None, :]).tril()
+    if q.is_cuda and q.dtype == torch.float32:  # Torch has no kernel for groups, and keeps scores.
+        k, v = repeated(k, q), repeated(v, q)
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -93,6 +95,11 @@ def causal_attention(
     return out.transpose(1, 2).flatten(2)
 
 
+def repeated(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [B, G, K, D] for each of the query heads of their groups, [B, H, K, D]."""
+    return x.repeat_interleave(q.size(1) // x.size(1), dim=1)
+
+
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
     """Documents one after the other through torch's kernel for a GPU, in half precision.
 
@@ -101,9 +108,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    length, repeats = q.size(2), q.size(1) // k.size(1)
-    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H, D]
+    length = q.size(2)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, repeated(k, q), repeated(v, q)))
     out: Any = varlen_attn(q, k, v, offsets, offsets, length, length, window_size=(-1, 0))
     return out.view(-1, length, q.size(1) * q.size(2))  # type: ignore[no-any-return]
 

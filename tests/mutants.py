@@ -31,7 +31,7 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "nope_gpt"
 TABLE = TESTS / "mutants.toml"
 
-FAST = "not slow and not online and not llama"
+FAST = "not slow and not online and not llama and not gpu"
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PRELOADED = ["hypothesis", "huggingface_hub", "pyarrow", "pytest", "safetensors.torch", "tiktoken"]

@@ -287,8 +287,8 @@ class Moments:
         work = self.work
         d, kv, hidden = work.embedding_dimensions, work.kv_dimensions, work.hidden_dimensions
         sums = 0 if work.device == "cpu" and not self.is_float32 else work.num_q_heads
-        if work.device == "cuda" and work.method != "pretrain" and not self.is_float32:
-            kv = d  # The kernel that keeps documents apart takes a key for each query head.
+        if work.device == "cuda" and (work.method == "pretrain") == self.is_float32:
+            kv = d  # These kernels take a key for each query head.
         if not work.trains_all:
             inputs = 2 if self.is_float32 else 4  # Narrowed for each of the matrices.
             values = (2 + inputs) * d + 2 * kv + 2 * hidden + 6 * work.rank
