@@ -240,7 +240,8 @@ def serve(way: str, shape: dict[str, int], device: torch.device) -> None:
     tokens, targets = sample[:, :-1].contiguous().to(device), sample[:, 1:].contiguous().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if way.startswith("nope"):
-        (optimizer,) = make_optimizers(model, PretrainConfig(learning_rate=1e-4), precision)
+        config = PretrainConfig(learning_rate=1e-4, optimizer="adamw")
+        (optimizer,) = make_optimizers(model, config, precision)
 
     def step() -> tuple[float, float, float]:
         started = now(device)

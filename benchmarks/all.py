@@ -1,0 +1,65 @@
+"""Every benchmark, one after another, as the documents quote them.
+
+    python benchmarks/all.py CLASSICS.parquet SHAKESPEARE.txt CONVERSATIONS.jsonl PAIRS.jsonl
+        [--into build/benchmarks] [--only train tune ...]
+
+What each prints goes into a file of its own. It takes some hours, and a machine that does nothing
+else; what is not measured in time comes last. One that fails is told, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMANDS = {
+    "train": "train.py",
+    "train-vocabulary": "train.py --shape vocabulary",
+    "cross_entropy": "cross_entropy.py",
+    "checkpoints": "checkpoints.py",
+    "size": "size.py",
+    "tune": "tune.py {conversations} --rounds 4 --steps 3",
+    "tune-dpo": "tune.py {pairs} --objective dpo --learning-rate 1e-4 --tokenizer {conversations} "
+    "--rounds 4 --steps 3",
+    "prepare": "prepare.py {classics}",
+    "chat": "chat.py",
+    "export": "export.py",
+    "generate": "generate.py --case 1x512 --case 1x8192 --rounds 4 --steps 6",
+    "generate-batch": "generate.py --case 16x512 --rounds 3 --steps 4",
+    "learn-shakespeare": "learn.py time {shakespeare} --workers 2 --set tokens_per_sample=128",
+    "learn-classics": "learn.py time {classics} --workers 2 --set tokens_per_sample=128",
+    "reach": "reach.py {classics} --steps 1000",
+    "ablation": "learn.py ablation {classics} --steps 300 --seeds 3 --workers 2",
+}
+"""By name; `approximations.py` and `tool_calls.py` need models that training made."""
+
+
+def main() -> None:
+    """Run them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("classics", "shakespeare", "conversations", "pairs"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--into", type=Path, default=Path("build/benchmarks"))
+    parser.add_argument("--only", nargs="*", choices=COMMANDS, default=list(COMMANDS))
+    options = parser.parse_args()
+    options.into.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in options.only:
+        command = COMMANDS[name].format(**vars(options))
+        script, *words = shlex.split(command)
+        print(f"{time.strftime('%H:%M:%S')} {command}", flush=True)
+        with (options.into / f"{name}.md").open("w") as out:
+            line = [sys.executable, str(Path(__file__).with_name(script)), *words]
+            done = subprocess.run(line, stdout=out, check=False)
+        if done.returncode:
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
