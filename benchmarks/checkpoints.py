@@ -44,7 +44,9 @@ def main() -> None:
     shape, device = SHAPES[options.shape], torch.device(options.device)
     model, loss_of = ours(shape, compiled=True)
     model.to(device).train()
-    (optimizer,) = optimizers = make_optimizers(model, PretrainConfig(), torch.bfloat16)
+    (optimizer,) = optimizers = make_optimizers(
+        model, PretrainConfig(optimizer="adamw"), torch.bfloat16
+    )
     tokens = torch.randint(0, shape["vocabulary"], (shape["B"], shape["T"]), device=device)
 
     def step() -> None:
@@ -62,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         saver = Saver(
             Path(place),
-            lambda path, weights: hub.save(path, model.saved(weights)),
+            lambda path, snapshot: hub.save(path, model.saved(snapshot.model)),
             keep=2,
             keep_every=None,
             written=lambda _: None,
