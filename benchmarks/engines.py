@@ -44,8 +44,8 @@ def prepared(model: NoPEGPT, kind: str) -> NoPEGPT:
 
 
 def empty_cache(model: NoPEGPT, capacity: int, batch: int) -> KVCache:
-    """Our cache, on a CPU for decoding by the compiled code."""
-    return model.new_cache(capacity, batch, compile="on" if model.device.type == "cpu" else "off")
+    """Our cache, for decoding by the compiled code."""
+    return model.new_cache(capacity, batch, compile="on")
 
 
 def predicted(model: NoPEGPT, cache: KVCache, tokens: Tensor) -> Tensor:

@@ -14,11 +14,13 @@ Q queries in a block, K keys up to its end, N documents.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BLOCK = 64
 """Q. With fewer the products are too small to be fast, with more the mask hides more of them."""
@@ -93,6 +95,16 @@ def causal_attention(
         enable_gqa=q.size(1) != k.size(1),
     )
     return out.transpose(1, 2).flatten(2)
+
+
+def kernels_without_plans(device: torch.device) -> AbstractContextManager[object]:
+    """Leave out cuDNN's kernels: it plans for milliseconds when the number of keys is a new one,
+    as it is at every token that goes into a cache.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(others)
 
 
 def repeated(x: Tensor, q: Tensor) -> Tensor:

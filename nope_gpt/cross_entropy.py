@@ -23,6 +23,11 @@ from nope_gpt.config import CACHED_BYTES, LOSS_CHUNK, LOSS_ROWS
 IGNORED = -100
 """A target that is not trained on."""
 
+ALIGNED_ROWS = 64
+"""A GPU's products of bfloat16 are up to six times as fast when the rows of their matrices begin at
+such multiples, which few vocabularies are.
+"""
+
 
 def summed_cross_entropy(
     hidden: Tensor, parts: Sequence[Tensor], targets: Tensor, chunk: int = LOSS_CHUNK
@@ -129,13 +134,16 @@ class Gradients:
             for part, need in zip(parts, needed[3:], strict=True)
         ]
         self.sizes = [len(part) for part in parts]
+        self.width = sum(self.sizes)
         self.scales = scales
 
     def add(self, chunk: slice, scores: Tensor, vocabulary: Tensor, hidden: Tensor) -> None:
         """Take in a chunk: the gradient of its scores, and what they were the products of."""
         if self.hidden is not None:
             self.hidden[chunk] = scores @ vocabulary
-        for part, columns in zip(self.parts, torch.split(scores, self.sizes, dim=1), strict=True):
+        for part, columns in zip(
+            self.parts, torch.split(scores[:, : self.width], self.sizes, dim=1), strict=True
+        ):
             if part is None:
                 continue
             # Some rows at a time, as the product is another matrix, which a CPU widens, too.
@@ -155,12 +163,14 @@ def _losses(
     gradients: Gradients | None,
 ) -> Tensor:
     """The loss of each token [N], and the gradients where they are wanted."""
-    vocabulary = parts[0].to(hidden.dtype) if len(parts) == 1 else _joined(parts, hidden)
+    width = sum(map(len, parts))
+    vocabulary = _joined(parts, hidden)
     rows = max(CACHED_BYTES.get(hidden.device.type, 1 << 40) // (4 * len(vocabulary)), 1)
     losses = torch.empty(len(hidden), device=hidden.device)
     for start in range(0, len(hidden), size):
         chunk = slice(start, start + size)
         scores = hidden[chunk] @ vocabulary.T
+        scores[:, width:] = -torch.inf
         for first in range(0, len(scores), rows):
             some = slice(start + first, min(start + first + rows, start + size))
             scales = gradients.scales[some] if gradients and gradients.scales is not None else None
@@ -189,6 +199,12 @@ def _to_gradient(scores: Tensor, targets: Tensor, scales: Tensor | None) -> Tens
 
 @torch.no_grad()
 def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The rows of all parts in one matrix of another's dtype."""
-    size = sum(len(part) for part in parts)
-    return torch.cat(list(parts), out=like.new_empty(size, like.size(1)))
+    """The rows of all parts in one matrix of another's dtype, on a GPU in half precision with so
+    many rows of zeros that there is a multiple of `ALIGNED_ROWS`.
+    """
+    size = sum(map(len, parts))
+    missing = -size % ALIGNED_ROWS if like.is_cuda and like.dtype != torch.float32 else 0
+    if len(parts) == 1 and not missing:
+        return parts[0].to(like.dtype)
+    ends = [like.new_zeros(missing, like.size(1))] if missing else []
+    return torch.cat([*parts, *ends], out=like.new_empty(size + missing, like.size(1)))

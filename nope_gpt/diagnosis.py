@@ -29,6 +29,7 @@ from nope_gpt.errors import first_line
 from nope_gpt.model import NoPEGPT
 from nope_gpt.sizing.arithmetic import training_flops_per_token
 from nope_gpt.sizing.calibration import own_cpu
+from nope_gpt.sizing.memory import training_memory
 from nope_gpt.sizing.units import format_bytes
 from nope_gpt.training import compilation, measuring
 
@@ -214,17 +215,25 @@ def extras(_: torch.device) -> Iterator[Finding]:
 
 
 def speed(device: torch.device) -> Iterator[Finding]:
-    """Training the tiny preset for five seconds."""
-    preset = PRESETS[PretrainConfig]["tiny"]
+    """Training a preset for five seconds, on a GPU one that keeps it busy, if that fits."""
     precision = resolve_precision("auto", device)
-    work = SizeConfig(
-        **{name: value for name, value in preset.items() if name != "max_steps"},
-        vocabulary_size=4096,
-        precision=str(precision).removeprefix("torch."),
-        device="cpu" if device.type == "cpu" else "cuda",
-    )
+
+    def work_of(name: str) -> SizeConfig:
+        preset = PRESETS[PretrainConfig][name]
+        return SizeConfig(
+            **{name: value for name, value in preset.items() if name != "max_steps"},
+            vocabulary_size=4096,
+            precision=str(precision).removeprefix("torch."),
+            device="cpu" if device.type == "cpu" else "cuda",
+        )
+
+    name, work = "tiny", work_of("tiny")
+    if device.type == "cuda":
+        larger = work_of("125m")
+        if training_memory(larger).peak < (memory_left(device) or 0):
+            name, work = "125m", larger
     rate = measuring.tokens_per_second(work, device, SPEED_SECONDS)
-    told = f"trains the tiny preset at {rate:,.0f} tokens/s"
+    told = f"trains the {name} preset at {rate:,.0f} tokens/s"
     peak = peak_flops(device, precision)
     if peak:
         reached = rate * training_flops_per_token(work, work.tokens_per_sample, causal=False)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nope_gpt import generation, hub, initialization
-from nope_gpt.attention import Documents
+from nope_gpt.attention import Documents, kernels_without_plans
 from nope_gpt.blocks import NORM_EPSILON, Decoder
 from nope_gpt.caching import KVCache, Reader, Reading
 from nope_gpt.config import LOSS_CHUNK, RECALLED_FROM, ModelConfig, SamplingConfig
@@ -30,6 +30,7 @@ from nope_gpt.locating import locate
 from nope_gpt.native import NativeReader
 from nope_gpt.quantization import Int8Embedding, Int8Linear
 from nope_gpt.recall import Recall, before_each
+from nope_gpt.replaying import ReplayingReader
 from nope_gpt.sharpening import Sharpening
 from nope_gpt.sizing.arithmetic import count_parameters
 from nope_gpt.sizing.memory import inference_memory
@@ -169,7 +170,8 @@ class NoPEGPT(nn.Module):
         found = []
         for piece in cache.pieces(tokens, rows[0]):
             reading = Reading(cache, rows, piece.size(1))
-            hidden = self.decoder(self.token_embeddings(piece), reading=reading)
+            with kernels_without_plans(self.device):
+                hidden = self.decoder(self.token_embeddings(piece), reading=reading)
             cache.remember(rows, piece)
             found.append(self.logits(hidden) if every else hidden[:, -1])
         return torch.cat(found, dim=1) if every else self.logits(found[-1])
@@ -184,8 +186,8 @@ class NoPEGPT(nn.Module):
             batch_size: Rows.
             pinned: First tokens of a row that it never forgets, beside the one that all begins
                 with where the model was trained so.
-            compile: Whether few tokens are read by compiled code: auto if it is there, on
-                when it is, off never.
+            compile: Whether few tokens are read by compiled code on a CPU, or by what was recorded
+                on a GPU: auto if it is there, on when it is, off never.
 
         Raises:
             CapacityError: The memory is too small for a cache of this capacity.
@@ -210,7 +212,11 @@ class NoPEGPT(nn.Module):
 
     def reader(self, compile: str) -> Reader | None:
         """How few tokens are read other than by the modules, if that can be; see `new_cache`."""
-        return None if compile == "off" else NativeReader.of(self, wait=compile == "on")
+        if compile == "off":
+            return None
+        if self.device.type == "cuda":
+            return ReplayingReader(self)
+        return NativeReader.of(self, wait=compile == "on")
 
     def generate(
         self,
@@ -245,7 +251,8 @@ class NoPEGPT(nn.Module):
             min_p: Draw from tokens of at least this share of the likeliest one's probability.
             pin_tokens: First tokens that are never forgotten, however long the text becomes.
             draft_tokens: Tokens to guess ahead, where the text repeats itself.
-            compile: Decode on a CPU by compiled code: auto once it is there, on, or off.
+            compile: Decode by compiled code on a CPU, by what was recorded on a GPU: auto once
+                it is there, on, or off.
             cache: Of an earlier call, for what this prompt has in common with that text.
 
         Yields:

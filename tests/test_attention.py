@@ -55,7 +55,7 @@ def error(ours: Tensor, truth: Tensor) -> float:
 def with_gradients(attend, tensors: list[Tensor], *more: object) -> list[Tensor]:
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     out = attend(*leaves, *more)
-    weight = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    weight = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out)
     return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
 
 

@@ -19,9 +19,11 @@ from torch.nn import functional as F
 
 from nope_gpt.attention import Documents, causal_attention
 from nope_gpt.batching import Request, answers
+from nope_gpt.caching import BLOCK
 from nope_gpt.config import SHAPE_TINY, SamplingConfig, SizeConfig
 from nope_gpt.cross_entropy import IGNORED, cross_entropies, summed_cross_entropy
 from nope_gpt.model import NoPEGPT
+from nope_gpt.replaying import ReplayingReader
 from nope_gpt.sizing.memory import training_memory
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.measuring import allocated_peak, rehearsed_peak
@@ -192,18 +194,42 @@ def test_tokens_from_a_cache_are_those_without_one_and_those_of_a_cpu() -> None:
     assert generated == on_cpu
 
 
+@pytest.mark.parametrize("size", [7, 1])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_logits_of_a_ring_are_those_of_a_cpu(kind: str) -> None:
-    tokens = torch.randint(0, 61, (2, 50), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("capacity", "length"), [(20, 50), (2 * BLOCK, 2 * BLOCK - 1)])
+def test_logits_of_a_ring_and_of_a_cache_that_grows_are_those_of_a_cpu(
+    kind: str, capacity: int, length: int, size: int
+) -> None:
+    """By the modules, and replayed where it is one token."""
+    tokens = torch.randint(0, 61, (2, length), generator=torch.Generator().manual_seed(0))
     found = []
     for device in (torch.device("cpu"), CUDA):
         model = small_model()
         model = model.quantize() if kind == "int8" else model.to(getattr(torch, kind))
         model = model.to(device)
-        cache = model.new_cache(20, 2, pinned=2)
-        ours = [model.predict(part.to(device), cache) for part in tokens.split(7, dim=1)]
+        cache = model.new_cache(capacity, 2, pinned=2, compile="auto")
+        parts = tokens.split(size, dim=1)
+        ours = [model.predict(part.to(device), cache) for part in parts]
+        assert isinstance(cache.reader, ReplayingReader) == (device == CUDA)
         found.append(torch.stack(ours).float().cpu())
     assert error(found[1], found[0].double()) < (3e-2 if kind == "bfloat16" else 1e-3)
+
+
+def test_what_is_replayed_is_what_the_modules_write() -> None:
+    """Past the first entries that are allocated, and around the ring."""
+    texts = []
+    for compile in ("auto", "off"):
+        generated = on_gpu().generate(
+            torch.tensor([3, 1, 4]),
+            max_tokens=2 * BLOCK,
+            context_length=BLOCK + 100,
+            temperature=0,
+            repeat_penalty=0.5,
+            compile=compile,
+        )
+        texts.append([int(token) for token, _ in generated])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 5
 
 
 def test_many_prompts_together_are_each_alone() -> None:
@@ -293,9 +319,9 @@ def test_a_step_is_measured_and_later_answers_know_the_gpu(nope: Nope, tmp_path:
 
 
 def test_what_does_not_fit_is_told_with_the_plan_and_a_lever(nope: Nope, dataset: Path) -> None:
-    words = ["pretrain", "--dataset-path", dataset, "--embedding-dimensions", 4096, "--seed", 0]
-    words += ["--num-q-heads", 32, "--num-hidden-layers", 100, "--tokens-per-sample", 256]
-    done = nope(*words, "--max-steps", 1, "--batch-size", 4)
+    words = ["pretrain", "--dataset-path", dataset, "--embedding-dimensions", 2048, "--seed", 0]
+    words += ["--num-q-heads", 32, "--num-hidden-layers", 8, "--tokens-per-sample", 64]
+    done = nope(*words, "--max-steps", 1, "--batch-size", 1 << 15, "--length-growth", 0)
     assert done.returncode == 4, done.stderr
     assert "the memory is too small for this step: by plan it takes" in done.stderr
     assert "next:" in done.stderr

@@ -80,7 +80,8 @@ class SamplingConfig(Knobs):
     compile: str = knob(
         "auto",
         "On a CPU, decode by code that is compiled for it: auto once it is there, compiling it "
-        "in the background; on waits for it; off never.",
+        "in the background; on waits for it; off never. On a GPU, record a token's kernels once "
+        "and replay them, but for off.",
         panel=RUN,
         choices=("auto", "on", "off"),
     )
