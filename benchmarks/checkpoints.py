@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shape, device = SHAPES[options.shape], torch.device(options.device)
-    model, loss_of = ours(shape, compiled=True)
+    model, loss_of = ours(shape, device, compiled=True)
     model.to(device).train()
     (optimizer,) = optimizers = make_optimizers(
         model, PretrainConfig(optimizer="adamw"), torch.bfloat16

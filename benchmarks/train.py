@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from nope_gpt.device import autocast, reuse_freed_memory
 from nope_gpt.model import NoPEGPT
 from nope_gpt.sizing.arithmetic import count_parameters, training_flops_per_token
 from nope_gpt.sizing.units import format_bytes
+from nope_gpt.training import compilation
 from nope_gpt.training.compilation import obstacle
 from nope_gpt.training.optimization import make_optimizers
 
@@ -75,16 +77,16 @@ def seeded(shape: dict[str, int]) -> NoPEGPT:
     return NoPEGPT.from_config(model_config(shape))
 
 
-def ours(shape: dict[str, int], *, compiled: bool) -> tuple[nn.Module, Step]:
+def ours(shape: dict[str, int], device: torch.device, *, compiled: bool) -> tuple[nn.Module, Step]:
     """This project's model, loss and settings of the process."""
     reuse_freed_memory()
-    model = seeded(shape)
+    model = seeded(shape).to(device)
     if compiled:
-        model.decoder.compile_blocks()
+        compilation.begin(model)
     return model, lambda tokens, targets: model(tokens, targets) / targets.numel()
 
 
-def transformers(shape: dict[str, int]) -> tuple[nn.Module, Step]:
+def transformers(shape: dict[str, int], _: torch.device) -> tuple[nn.Module, Step]:
     """The same network in Hugging Face transformers."""
     model = arcee(seeded(shape), shape["T"])
 
@@ -160,7 +162,7 @@ class Plain(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1))
 
 
-def plain(shape: dict[str, int]) -> tuple[nn.Module, Step]:
+def plain(shape: dict[str, int], device: torch.device) -> tuple[nn.Module, Step]:
     """A nanoGPT-class script: a compact model, compiled as a whole where that is possible."""
     source, model = seeded(shape), Plain(model_config(shape))
     with torch.no_grad():
@@ -173,12 +175,14 @@ def plain(shape: dict[str, int]) -> tuple[nn.Module, Step]:
             block.out.weight.copy_(attention.out_proj.weight)
             block.up.weight.copy_(feed_forward.up.weight)
             block.down.weight.copy_(feed_forward.down.weight)
-    return model, model if obstacle(torch.device("cpu")) else torch.compile(model)
+    return model, model if obstacle(device) else torch.compile(model)
 
 
-WAYS: dict[str, tuple[Callable[[dict[str, int]], tuple[nn.Module, Step]], torch.dtype]] = {
-    "nope, compiled": (lambda shape: ours(shape, compiled=True), torch.bfloat16),
-    "nope, eager": (lambda shape: ours(shape, compiled=False), torch.bfloat16),
+Build = Callable[[dict[str, int], torch.device], tuple[nn.Module, Step]]
+
+WAYS: dict[str, tuple[Build, torch.dtype]] = {
+    "nope, compiled": (partial(ours, compiled=True), torch.bfloat16),
+    "nope, eager": (partial(ours, compiled=False), torch.bfloat16),
     "transformers, float32": (transformers, torch.float32),
     "transformers, bfloat16": (transformers, torch.bfloat16),
     "nanoGPT-class": (plain, torch.bfloat16),
@@ -231,7 +235,7 @@ def serve(way: str, shape: dict[str, int], device: torch.device) -> None:
             print(json.dumps([product_rate(shape, device, x) for x in dtypes]), flush=True)
         return
     build, precision = WAYS[way]
-    model, loss_of = build(shape)
+    model, loss_of = build(shape, device)
     model.to(device).train()
     generator = torch.Generator().manual_seed(0)
     sample = torch.randint(

@@ -12,7 +12,7 @@ Shapes: N tokens, C embedding dimensions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,38 @@ such multiples, which few vocabularies are.
 """
 
 
+ToGradient = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""What turns scores into their gradient, as `to_gradient` does."""
+
+
+def to_gradient(scores: Tensor, targets: Tensor, scales: Tensor | None) -> Tensor:
+    """Turn logits [N, V] into the gradient of their losses, in place; returns those [N].
+
+    The gradient is the probabilities, less one at the right token.
+
+    Args:
+        scores: Of any dtype; what is between is float32.
+        targets: The right tokens [N], or `IGNORED`.
+        scales: What each token's loss counts [N], or None for one.
+    """
+    kept = (targets != IGNORED).float()
+    column = targets.clamp_min(0)[:, None]
+    # A GPU widens them as it reads; so does no CPU.
+    wide = scores if scores.is_cuda else scores.float()
+    logs = torch.log_softmax(wide, dim=-1, dtype=torch.float32)
+    right = logs.gather(1, column)
+    weights = (kept if scales is None else kept * scales)[:, None]
+    scores.copy_(logs.exp_().mul_(weights))
+    scores.scatter_(1, column, (right.exp() - 1.0).mul(weights).type_as(scores))
+    return right[:, 0].mul(kept).neg()
+
+
 def summed_cross_entropy(
-    hidden: Tensor, parts: Sequence[Tensor], targets: Tensor, chunk: int = LOSS_CHUNK
+    hidden: Tensor,
+    parts: Sequence[Tensor],
+    targets: Tensor,
+    chunk: int = LOSS_CHUNK,
+    gradient: ToGradient = to_gradient,
 ) -> Tensor:
     """Sum the cross entropies of `softmax(hidden @ cat(parts).T)`.
 
@@ -40,20 +70,25 @@ def summed_cross_entropy(
             dtype, if it is on, the sums always in float32.
         targets: The right tokens [N], or `IGNORED`.
         chunk: Tokens whose logits exist at a time.
+        gradient: `to_gradient`, or that compiled.
 
     Returns:
         The sum in nats [], float32.
     """
     hidden = _as_multiplied(hidden)
-    return _applied(SummedCrossEntropy, hidden, parts, targets, chunk).sum()
+    return _applied(SummedCrossEntropy, hidden, parts, targets, chunk, gradient).sum()
 
 
 def cross_entropies(
-    hidden: Tensor, parts: Sequence[Tensor], targets: Tensor, chunk: int = LOSS_CHUNK
+    hidden: Tensor,
+    parts: Sequence[Tensor],
+    targets: Tensor,
+    chunk: int = LOSS_CHUNK,
+    gradient: ToGradient = to_gradient,
 ) -> Tensor:
     """The cross entropy of each token, [N] in nats and float32; otherwise as their sum."""
     hidden = _as_multiplied(hidden)
-    return _applied(CrossEntropies, hidden, parts, targets, chunk)
+    return _applied(CrossEntropies, hidden, parts, targets, chunk, gradient)
 
 
 def _as_multiplied(hidden: Tensor) -> Tensor:
@@ -65,23 +100,36 @@ def _as_multiplied(hidden: Tensor) -> Tensor:
 
 
 def _applied(
-    function: Any, hidden: Tensor, parts: Sequence[Tensor], targets: Tensor, chunk: int
+    function: Any,
+    hidden: Tensor,
+    parts: Sequence[Tensor],
+    targets: Tensor,
+    chunk: int,
+    gradient: ToGradient,
 ) -> Tensor:
     """Apply a function, or where no gradients are wanted compute the losses [N]."""
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *parts))
     with torch.autocast(hidden.device.type, enabled=False):
         if needs_gradients:
-            return function.apply(hidden, targets, chunk, *parts)  # type: ignore[no-any-return]
-        return _losses(hidden, parts, targets, chunk, None)
+            loss: Tensor = function.apply(hidden, targets, chunk, gradient, *parts)
+            return loss
+        return _losses(hidden, parts, targets, chunk, gradient, None)
 
 
 class SummedCrossEntropy(torch.autograd.Function):
     """Computes the gradients on the way forward, and scales them on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, chunk: int, *parts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        chunk: int,
+        gradient: ToGradient,
+        *parts: Tensor,
+    ) -> Tensor:
         gradients = Gradients(ctx.needs_input_grad, hidden, parts)
-        loss = _losses(hidden, parts, targets, chunk, gradients).sum()
+        loss = _losses(hidden, parts, targets, chunk, gradient, gradients).sum()
         ctx.save_for_backward(gradients.hidden, *gradients.parts)
         return loss
 
@@ -91,31 +139,38 @@ class SummedCrossEntropy(torch.autograd.Function):
             None if gradient is None else gradient * scale.type_as(gradient)
             for gradient in ctx.saved_tensors
         )
-        return d_hidden, None, None, *d_parts
+        return d_hidden, None, None, None, *d_parts
 
 
 class CrossEntropies(torch.autograd.Function):
     """Keeps its inputs, and scores them again on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, chunk: int, *parts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        chunk: int,
+        gradient: ToGradient,
+        *parts: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(hidden, targets, *parts)
-        ctx.chunk = chunk
-        return _losses(hidden, parts, targets, chunk, None)
+        ctx.chunk, ctx.gradient = chunk, gradient
+        return _losses(hidden, parts, targets, chunk, gradient, None)
 
     @staticmethod
     def backward(ctx: Any, scales: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets, *parts = ctx.saved_tensors
         gradients = Gradients(ctx.needs_input_grad, hidden, parts, scales)
-        _losses(hidden, parts, targets, ctx.chunk, gradients)
-        return gradients.hidden, None, None, *gradients.parts
+        _losses(hidden, parts, targets, ctx.chunk, ctx.gradient, gradients)
+        return gradients.hidden, None, None, None, *gradients.parts
 
 
 class Gradients:
     """Where the gradients go that are asked for: [N, C] and one like each part.
 
     Args:
-        needed: For the hidden states, the targets, the chunk, and each part.
+        needed: For the hidden states, three that have none, and each part.
         hidden: [N, C].
         parts: Of the vocabulary.
         scales: What each token's loss counts [N], or None for one.
@@ -131,7 +186,7 @@ class Gradients:
         self.hidden = torch.empty_like(hidden) if needed[0] else None
         self.parts = [
             torch.zeros_like(part) if need else None
-            for part, need in zip(parts, needed[3:], strict=True)
+            for part, need in zip(parts, needed[4:], strict=True)
         ]
         self.sizes = [len(part) for part in parts]
         self.width = sum(self.sizes)
@@ -160,6 +215,7 @@ def _losses(
     parts: Sequence[Tensor],
     targets: Tensor,
     size: int,
+    gradient: ToGradient,
     gradients: Gradients | None,
 ) -> Tensor:
     """The loss of each token [N], and the gradients where they are wanted."""
@@ -174,26 +230,10 @@ def _losses(
         for first in range(0, len(scores), rows):
             some = slice(start + first, min(start + first + rows, start + size))
             scales = gradients.scales[some] if gradients and gradients.scales is not None else None
-            losses[some] = _to_gradient(scores[first : first + rows], targets[some], scales)
+            losses[some] = gradient(scores[first : first + rows], targets[some], scales)
         if gradients:
             gradients.add(chunk, scores, vocabulary, hidden)
         del scores  # Before those of the next chunk are there.
-    return losses
-
-
-def _to_gradient(scores: Tensor, targets: Tensor, scales: Tensor | None) -> Tensor:
-    """Turn logits [N, V] into the gradient of their losses, in place; returns those [N].
-
-    The gradient is the probabilities, less one at the right token.
-    """
-    kept = (targets != IGNORED).float()
-    column = targets.clamp_min(0)[:, None]
-    # A GPU widens them as it reads; so does no CPU.
-    wide = scores if scores.is_cuda else scores.float()
-    logs = torch.log_softmax(wide, dim=-1, dtype=torch.float32)
-    losses = logs.gather(1, column)[:, 0].mul(kept).neg()
-    gradient = logs.exp_().scatter_add_(1, column, logs.new_full(column.shape, -1.0))
-    scores.copy_(gradient.mul_((kept if scales is None else kept * scales)[:, None]))
     return losses
 
 

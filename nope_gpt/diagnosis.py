@@ -114,9 +114,9 @@ def compiling(device: torch.device) -> Iterator[Finding]:
         try:
             with torch.device(device):
                 model = NoPEGPT.from_config(ModelConfig(**SHAPE_TINY, vocabulary_size=256))
-            model.decoder.compile_blocks()
+            compilation.begin(model)
             begun = time.perf_counter()
-            compilation.try_blocks(model, resolve_precision("auto", device), (1, 64))
+            compilation.try_compiled(model, resolve_precision("auto", device), (1, 64))
             seconds = time.perf_counter() - begun
             yield Finding("torch.compile", GOOD, f"compiles a block in {seconds:.0f} s")
             return

@@ -21,7 +21,7 @@ from nope_gpt.attention import Documents, kernels_without_plans
 from nope_gpt.blocks import NORM_EPSILON, Decoder
 from nope_gpt.caching import KVCache, Reader, Reading
 from nope_gpt.config import LOSS_CHUNK, RECALLED_FROM, ModelConfig, SamplingConfig
-from nope_gpt.cross_entropy import cross_entropies, summed_cross_entropy
+from nope_gpt.cross_entropy import ToGradient, cross_entropies, summed_cross_entropy, to_gradient
 from nope_gpt.device import refuse_small_memory
 from nope_gpt.embedding import TiedEmbedding
 from nope_gpt.errors import UsageError
@@ -76,6 +76,7 @@ class NoPEGPT(nn.Module):
         self.first_token: int | None = None
         self.sharpenings: dict[int, Sharpening] = {}
         self.loss_chunk = LOSS_CHUNK
+        self.to_gradient: ToGradient = to_gradient
         self.token_embeddings: TiedEmbedding | Int8Embedding
         self.token_embeddings = TiedEmbedding(vocabulary_size, embedding_dimensions)
         self.decoder = Decoder(self.config)
@@ -119,18 +120,19 @@ class NoPEGPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         parts, right = self.token_embeddings.parts, targets.flatten()
+        how = (self.loss_chunk, self.to_gradient)
         # Nothing here holds on to the norm's output, which autocast may copy.
         if each:
             normed = self.norm(hidden).flatten(0, 1)
-            return cross_entropies(normed, parts, right, self.loss_chunk).view_as(targets)
-        loss = summed_cross_entropy(self.norm(hidden).flatten(0, 1), parts, right, self.loss_chunk)
+            return cross_entropies(normed, parts, right, *how).view_as(targets)
+        loss = summed_cross_entropy(self.norm(hidden).flatten(0, 1), parts, right, *how)
         if not recalls:
             return loss
         assert self.recall
         before = before_each(tokens, documents)
         told = self.recall(seen[early]).flatten(0, 1)
         fixed = tuple(part.detach() for part in parts)
-        again = summed_cross_entropy(told, fixed, before.flatten(), self.loss_chunk)
+        again = summed_cross_entropy(told, fixed, before.flatten(), *how)
         return torch.stack([loss, again])
 
     def logits(self, hidden: Tensor) -> Tensor:

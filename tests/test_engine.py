@@ -26,7 +26,7 @@ from nope_gpt.errors import CapacityError, UsageError
 from nope_gpt.hardware import dense_bfloat16_peak
 from nope_gpt.sizing.arithmetic import count_parameters, training_flops_per_token
 from nope_gpt.training import compilation
-from nope_gpt.training.compilation import WORTHWHILE_FLOPS, compile_blocks
+from nope_gpt.training.compilation import WORTHWHILE_FLOPS, compile_network
 from nope_gpt.training.loop import Trainer
 from nope_gpt.training.prefetching import Prefetcher
 from nope_gpt.training.pretraining import Pretraining, dry_run, pretrain
@@ -155,7 +155,7 @@ def test_sharding_without_ranks_is_refused_and_no_sharding_is_not(
 def compiled(mode: str, flops: float) -> tuple[str, bool]:
     model = small_model().train()
     config = PretrainConfig(compile=mode)
-    said = compile_blocks(model, config, precision=torch.float32, shape=(2, 8), flops=flops)
+    said = compile_network(model, config, precision=torch.float32, shape=(2, 8), flops=flops)
     return said, any(layer._compiled_call_impl for layer in model.decoder.layers)
 
 
@@ -177,7 +177,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Mo
     def broken(*_: Any) -> None:
         raise RuntimeError("out of luck\nand more")
 
-    monkeypatch.setattr(compilation, "try_blocks", broken)
+    monkeypatch.setattr(compilation, "try_compiled", broken)
     said, is_compiled = compiled("auto", WORTHWHILE_FLOPS * 2)
     assert said == "eager: the compiler failed (RuntimeError: out of luck)"
     assert not is_compiled

@@ -90,7 +90,7 @@ class Moments:
         """While the loss and its gradients are computed."""
         work, d, tokens = self.work, self.work.embedding_dimensions, self.work.tokens
         # The final norm's input, what it saves if it is trained, and its output as multiplied.
-        saved = 2 if work.trains_all else 1
+        saved = 2 if self.norms_save_products else 1
         head = tokens * (FLOAT32 * (saved * d + 1) + self.width * d)
         gradient = tokens * self.width * d
         scored = dataclasses.replace(forward, activations=forward.activations + head + gradient)
@@ -282,20 +282,28 @@ class Moments:
         In w bytes the products save the norms' outputs, q, k, v and attention's output, which
         also has the log-sum-exp of each head, and both sides of the MLP's SiLU. Compiled, the
         norms' products and the stream between attention and MLP are computed again. With
-        adapters the norms are not trained and save no product, but each adapter its input.
+        adapters the norms are not trained and save no product, but each adapter its input; nor
+        do they on a GPU, whose norms are one kernel.
         """
         work = self.work
         d, kv, hidden = work.embedding_dimensions, work.kv_dimensions, work.hidden_dimensions
         sums = 0 if work.device == "cpu" and not self.is_float32 else work.num_q_heads
         if work.device == "cuda" and (work.method == "pretrain") == self.is_float32:
-            kv = d  # These kernels take a key for each query head.
+            # These kernels take a key for each query head; those of a joint product stay.
+            kv = kv + d if work.trains_all else d
         if not work.trains_all:
             inputs = 2 if self.is_float32 else 4  # Narrowed for each of the matrices.
             values = (2 + inputs) * d + 2 * kv + 2 * hidden + 6 * work.rank
             return FLOAT32 * (2 * d + 2 + sums) + self.width * values
         if work.compile == "on":
             return FLOAT32 * (d + 2 + sums) + self.width * (5 * d + 2 * kv + 2 * hidden)
-        return FLOAT32 * (4 * d + 2 + sums) + self.width * (4 * d + 2 * kv + 2 * hidden)
+        norms = 4 if self.norms_save_products else 2
+        return FLOAT32 * (norms * d + 2 + sums) + self.width * (4 * d + 2 * kv + 2 * hidden)
+
+    @property
+    def norms_save_products(self) -> bool:
+        """Whether a norm saves its input times one over the root mean square, beside its input."""
+        return self.work.trains_all and self.work.device == "cpu"
 
     def flight_per_token(self) -> int:
         """What the backward pass of a block adds at its fullest, in the second matrix of the MLP.
@@ -329,9 +337,13 @@ class Moments:
         return self.width * self.work.embedding_dimensions * self.work.hidden_dimensions
 
     def widened(self, chunk: int) -> int:
-        """Logits in float32: of a chunk, or on a CPU of some rows, twice if they were narrow."""
+        """Logits in float32: of a chunk, or on a CPU of some rows, twice if they were narrow;
+        compiled for a GPU none.
+        """
         row = FLOAT32 * self.work.vocabulary_size
         if self.work.device == "cuda":
-            return chunk * row
+            if self.work.compile == "on":
+                return 0
+            return chunk * row * (1 if self.is_float32 else 2)
         rows = min(chunk, max(CACHED_BYTES["cpu"] // row, 1))
         return rows * row * (1 if self.is_float32 else 2)

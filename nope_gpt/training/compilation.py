@@ -1,4 +1,4 @@
-"""Compiling the blocks, or saying why not."""
+"""Compiling the network, or saying why not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import torch
 
 from nope_gpt.config import TrainingConfig
+from nope_gpt.cross_entropy import to_gradient
 from nope_gpt.device import autocast
 from nope_gpt.errors import UsageError, first_line
 from nope_gpt.model import NoPEGPT
@@ -17,7 +18,7 @@ WORTHWHILE_FLOPS = 1e14
 """Of a run on a CPU: some minutes of work, next to some seconds of compiling."""
 
 
-def compile_blocks(
+def compile_network(
     model: NoPEGPT,
     config: TrainingConfig,
     *,
@@ -25,7 +26,7 @@ def compile_blocks(
     shape: tuple[int, int],
     flops: float,
 ) -> str:
-    """Compile the blocks of a model in place, if that is asked for, possible and worthwhile.
+    """Compile a model in place, if that is asked for, possible and worthwhile.
 
     Args:
         model: On its device.
@@ -47,11 +48,11 @@ def compile_blocks(
     reason = obstacle(model.device)
     if reason is None:
         try:
-            model.decoder.compile_blocks()
-            try_blocks(model, precision, shape)
+            begin(model)
+            try_compiled(model, precision, shape)
             return "compiled"
         except Exception as error:  # Whatever a compiler can fail with is no reason to fail.
-            model.decoder.uncompile_blocks()
+            undo(model)
             torch._dynamo.reset()
             reason = f"the compiler failed ({type(error).__name__}: {first_line(error)})"
     if config.compile == "on":
@@ -71,8 +72,29 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
-def try_blocks(model: NoPEGPT, precision: torch.dtype, shape: tuple[int, int]) -> None:
-    """Run a compiled block once, forward and back, as the first step would."""
+def begin(model: NoPEGPT) -> None:
+    """Have the blocks compiled when they are first used, and on a GPU the gradient of the scores.
+
+    A CPU takes the scores some rows at a time, while its cache holds them.
+    """
+    model.decoder.compile_blocks()
+    if model.device.type == "cuda":
+        model.to_gradient = torch.compile(to_gradient)
+
+
+def undo(model: NoPEGPT) -> None:
+    """Undo `begin`."""
+    model.decoder.uncompile_blocks()
+    model.to_gradient = to_gradient
+
+
+def try_compiled(model: NoPEGPT, precision: torch.dtype, shape: tuple[int, int]) -> None:
+    """Run what is compiled once, a block forward and back, as the first step would."""
+    tokens = min(shape[0] * shape[1], model.loss_chunk)
+    targets = torch.zeros(tokens, dtype=torch.long, device=model.device)
+    scores = targets.new_zeros(tokens, model.vocabulary_size, dtype=precision)
+    with torch.no_grad():
+        model.to_gradient(scores, targets, None)
     block = next(iter(model.decoder.layers))
     size = (*shape, model.embedding_dimensions)
     hidden = torch.zeros(size, device=model.device, requires_grad=True)

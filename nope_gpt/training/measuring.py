@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +33,7 @@ from nope_gpt.sizing.calibration import Calibration
 from nope_gpt.sizing.holdings import NEW_ROWS
 from nope_gpt.sizing.memory import training_memory
 from nope_gpt.sizing.units import format_bytes
+from nope_gpt.training import compilation
 from nope_gpt.training.distribution import synchronizing
 from nope_gpt.training.learner import Learner
 from nope_gpt.training.objectives import CrossEntropy, Objective, Preference, Recalling
@@ -64,13 +66,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         tensors = [leaf for leaf in leaves if not leaf.is_meta]
         for storage in {tensor.untyped_storage() for tensor in tensors}:
-            if storage in self.known:
+            size = storage.nbytes()
+            if storage in self.known or not isinstance(size, int):  # Data says how many documents.
                 continue
             self.known.add(storage)
-            weakref.finalize(storage, self.count, -storage.nbytes())
+            weakref.finalize(storage, self.count, -size)
             # Autograd adds up the gradients of a weight in place, but not while a mode looks on.
             in_place = function is torch.ops.aten.add.Tensor and result.dim() == 2
-            self.count(storage.nbytes(), passing=in_place)
+            self.count(size, passing=in_place)
         return result
 
     def count(self, size: int, *, passing: bool = False) -> None:
@@ -91,7 +94,7 @@ def rehearsed_peak(work: Workload, device: torch.device) -> int:
         device: Whose kernels are asked for their shapes; it need not have the memory.
     """
     live = LiveBytes()
-    with FakeTensorMode(), live:
+    with FakeTensorMode(shape_env=ShapeEnv()), live:
         learner = learner_of(work, device)
         for _ in range(2):
             train_step(learner, work)
@@ -191,6 +194,7 @@ def allocated_peak(work: Workload, device: torch.device, ranks: Ranks = ALONE) -
 
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         steps()
@@ -229,7 +233,7 @@ def learner_of(work: Workload, device: torch.device, ranks: Ranks = ALONE) -> Le
     if work.recomputed_blocks:
         model.decoder.enable_activation_checkpointing(work.checkpointed_fraction)
     if work.compile == "on":
-        model.decoder.compile_blocks()
+        compilation.begin(model)
     config = PretrainConfig(optimizer=work.optimizer, ddp_sharding_level=work.ddp_sharding_level)
     return Learner(model, objective, config, precision, ranks)
 

@@ -21,7 +21,7 @@ from nope_gpt.sizing.arithmetic import count_parameters, training_flops_per_toke
 from nope_gpt.sizing.memory import training_memory
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.checkpoints import read_tensors
-from nope_gpt.training.compilation import compile_blocks
+from nope_gpt.training.compilation import compile_network
 from nope_gpt.training.continuing import Sampler
 from nope_gpt.training.distribution import refuse_impossible, shared
 from nope_gpt.training.execution import execute
@@ -197,7 +197,7 @@ class Pretraining:
             write_model=write_model,
             read_model=read_model,
             flops_per_token=self.flops_per_token,
-            execution=compile_blocks(
+            execution=compile_network(
                 model,
                 config,
                 precision=precision,
