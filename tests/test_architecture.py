@@ -27,7 +27,7 @@ FLOORS = [
     {"device", "initialization", "attention", "rotary"},
     {"cross_entropy", "quantization", "embedding"},
     {"caching"},
-    {"blocks", "native", "generation"},
+    {"blocks", "native", "replaying", "generation"},
     {"recall"},
     {"remote", "byte_pairs", "transformers_layout"},
     {"locating"},

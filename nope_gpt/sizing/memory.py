@@ -51,7 +51,7 @@ def training_memory(work: Workload) -> MemoryPlan:
     """The bytes at the fullest moment of a training step; `peak` is their sum."""
     fullest = max(training_moments(work).values(), key=lambda moment: moment.peak)
     if work.compile == "on":  # Compiled code has some small change of its own.
-        scratch = fullest.total // 100
+        scratch = fullest.total // (50 if work.device == "cuda" else 100)
         return dataclasses.replace(fullest, transient=fullest.transient + scratch)
     return fullest
 

@@ -337,13 +337,13 @@ class Moments:
         return self.width * self.work.embedding_dimensions * self.work.hidden_dimensions
 
     def widened(self, chunk: int) -> int:
-        """Logits in float32: of a chunk, or on a CPU of some rows, twice if they were narrow;
-        compiled for a GPU none.
+        """Logits in float32: of a chunk, or on a CPU of some rows, twice if they were narrow. Those
+        that are compiled for a GPU are as narrow as they came.
         """
         row = FLOAT32 * self.work.vocabulary_size
         if self.work.device == "cuda":
             if self.work.compile == "on":
-                return 0
+                return chunk * self.width * self.work.vocabulary_size
             return chunk * row * (1 if self.is_float32 else 2)
         rows = min(chunk, max(CACHED_BYTES["cpu"] // row, 1))
         return rows * row * (1 if self.is_float32 else 2)
