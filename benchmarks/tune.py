@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,6 +58,7 @@ from nope_gpt.training.tuning import Tuning, tune
 CPU = torch.device("cpu")
 UNCOUNTED = 2  # Steps before the first round.
 PEERS = ("TRL", "transformers + PEFT")
+PACKAGES = ("peft", "trl", "accelerate")
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
@@ -145,7 +147,8 @@ class Loop:
 
     def loss(self, samples: Sequence[Sample]) -> Tensor:
         """The mean over the tokens of the answers; for pairs, that of DPO over them."""
-        tokens, targets, _ = padded(samples)
+        batch = padded(samples)
+        tokens, targets = batch.tokens, batch.targets
         lengths = [document.tokens.size - 1 for sample in samples for document in sample]
         is_token = torch.arange(tokens.size(1)) < torch.tensor(lengths)[:, None]
         inputs = {"input_ids": tokens, "attention_mask": is_token.long()}
@@ -439,7 +442,7 @@ def main() -> None:
         if wanted > whole:
             raise SystemExit(f"these are {wanted} steps, and the data is for {whole} in one pass")
         found = measured(tuning, options)
-    peers = ", ".join(f"{name} {version(name)}" for name in ("peft", "trl", "accelerate"))
+    peers = ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(name))
     what = f"{hardware(options)}, {peers}\n{tuning.saved.config}\n{tuning.told['data']}"
     print(json.dumps({"told": what, **found}) if options.json else f"{what}\n\n{table(found)}")
 
