@@ -515,7 +515,7 @@ error: 'lots' is not an amount of memory
   next:  write a number above zero and a unit, such as --memory 24GB or --memory 24GiB
 
 $ nope size --memory 1MB  [4]
-error: the smallest shape, 3,413,632 parameters, needs 101.0 MB …
+error: the smallest shape, 3,413,632 parameters, needs 112.8 MB …
   where: --memory 1MB
   next:  train on a device with more memory
 """
