@@ -55,6 +55,12 @@ def to_gradient(scores: Tensor, targets: Tensor, scales: Tensor | None) -> Tenso
     return right[:, 0].mul(kept).neg()
 
 
+def num_columns(size: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Columns of the scores for a vocabulary of some size."""
+    is_aligned = device.type == "cuda" and dtype != torch.float32
+    return size + (-size % ALIGNED_ROWS if is_aligned else 0)
+
+
 def summed_cross_entropy(
     hidden: Tensor,
     parts: Sequence[Tensor],
@@ -239,11 +245,11 @@ def _losses(
 
 @torch.no_grad()
 def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The rows of all parts in one matrix of another's dtype, on a GPU in half precision with so
-    many rows of zeros that there is a multiple of `ALIGNED_ROWS`.
+    """The rows of all parts in one matrix of another's dtype, and below them rows of zeros up to
+    `num_columns`.
     """
     size = sum(map(len, parts))
-    missing = -size % ALIGNED_ROWS if like.is_cuda and like.dtype != torch.float32 else 0
+    missing = num_columns(size, like.device, like.dtype) - size
     if len(parts) == 1 and not missing:
         return parts[0].to(like.dtype)
     ends = [like.new_zeros(missing, like.size(1))] if missing else []

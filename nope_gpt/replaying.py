@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from nope_gpt.attention import kernels_without_plans
 from nope_gpt.caching import KVCache
+from nope_gpt.errors import NopeError, first_line
 
 WARM_UPS = 2
 """Before recording: the first time, libraries take memory, which a recording must not."""
@@ -100,10 +101,23 @@ class ReplayingReader:
         return num_new == 1 and list(rows) == list(range(cache.num_rows))
 
     def read(self, cache: KVCache, rows: Sequence[int], tokens: Tensor, *, every: bool) -> Tensor:  # noqa: ARG002
-        """Read new tokens [B, 1] into a cache; returns the logits after each [B, V]."""
+        """Read new tokens [B, 1] into a cache; returns the logits after each [B, V].
+
+        Raises:
+            NopeError: The GPU's driver cannot record.
+        """
         cache.reserve(max(map(len, cache.tokens)) + 1)
         if self.step is None or self.step.memory is not cache.memory:
-            self.record(cache, tokens)
+            try:
+                self.record(cache, tokens)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise NopeError(
+                    f"what a token takes cannot be recorded on {cache.memory.device}: "
+                    f"{first_line(error)}",
+                    hint="--compile off does without",
+                ) from error
         assert self.step
         self.step.prepare(cache, tokens)
         self.graph.replay()

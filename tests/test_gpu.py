@@ -22,6 +22,7 @@ from nope_gpt.batching import Request, answers
 from nope_gpt.caching import BLOCK
 from nope_gpt.config import SHAPE_TINY, SamplingConfig, SizeConfig
 from nope_gpt.cross_entropy import IGNORED, cross_entropies, summed_cross_entropy
+from nope_gpt.data.batches import Batch
 from nope_gpt.model import NoPEGPT
 from nope_gpt.replaying import ReplayingReader
 from nope_gpt.sizing.memory import training_memory
@@ -100,6 +101,14 @@ def test_the_loss_by_chunks_and_its_gradients_are_those_of_all_logits(
 
 
 # Training
+
+
+def test_a_batch_is_copied_without_waiting_whatever_it_begins_with() -> None:
+    tokens = torch.arange(12).view(3, 4)
+    batch = Batch(tokens, tokens).pinned()
+    for each in (batch, batch.in_pieces(2), batch.beginning_with(7)):
+        assert each.tokens.is_pinned() and each.targets.is_pinned()
+    assert batch.beginning_with(7).tokens.tolist()[1] == [7, 5, 6, 7]
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import small_model
 
 from nope_gpt.caching import BLOCK
+from nope_gpt.errors import NopeError
 from nope_gpt.replaying import ReplayingReader, Step
 from nope_gpt.sharpening import Growth
 
@@ -52,3 +54,12 @@ def test_a_reader_replays_one_token_of_every_row() -> None:
     assert reader.can_read(cache, [0, 1, 2], 1)
     assert not reader.can_read(cache, [0, 1, 2], 2)
     assert not reader.can_read(cache, [0, 2], 1)
+
+
+def test_what_cannot_be_recorded_is_told_with_what_does_without() -> None:
+    """As by this torch, which knows no GPU, or on this CPU."""
+    model = small_model()
+    cache = model.new_cache(BLOCK)
+    with pytest.raises(NopeError, match="cannot be recorded on cpu: ") as caught:
+        ReplayingReader(model).read(cache, [0], torch.tensor([[3]]), every=False)
+    assert caught.value.hint == "--compile off does without"

@@ -60,7 +60,7 @@ class Batch(NamedTuple):
             return self
         tokens = self.tokens.clone()
         tokens[:, 0] = token
-        return self._replace(tokens=tokens)
+        return self._replace(tokens=tokens.pin_memory() if self.tokens.is_pinned() else tokens)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         documents = None if self.documents is None else change(self.documents)

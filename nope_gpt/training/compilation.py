@@ -9,7 +9,7 @@ import sys
 import torch
 
 from nope_gpt.config import TrainingConfig
-from nope_gpt.cross_entropy import to_gradient
+from nope_gpt.cross_entropy import num_columns, to_gradient
 from nope_gpt.device import autocast
 from nope_gpt.errors import UsageError, first_line
 from nope_gpt.model import NoPEGPT
@@ -92,7 +92,8 @@ def try_compiled(model: NoPEGPT, precision: torch.dtype, shape: tuple[int, int])
     """Run what is compiled once, a block forward and back, as the first step would."""
     tokens = min(shape[0] * shape[1], model.loss_chunk)
     targets = torch.zeros(tokens, dtype=torch.long, device=model.device)
-    scores = targets.new_zeros(tokens, model.vocabulary_size, dtype=precision)
+    width = num_columns(model.vocabulary_size, model.device, precision)
+    scores = targets.new_zeros(tokens, width, dtype=precision)
     with torch.no_grad():
         model.to_gradient(scores, targets, None)
     block = next(iter(model.decoder.layers))
