@@ -51,7 +51,9 @@ def to_gradient(scores: Tensor, targets: Tensor, scales: Tensor | None) -> Tenso
     right = logs.gather(1, column)
     weights = (kept if scales is None else kept * scales)[:, None]
     scores.copy_(logs.exp_().mul_(weights))
-    scores.scatter_(1, column, (right.exp() - 1.0).mul(weights).type_as(scores))
+    # By index: on a CPU, to scatter into bfloat16 is to widen all of it.
+    rows = torch.arange(len(scores), device=scores.device)
+    scores[rows, column[:, 0]] = (right.exp() - 1.0).mul(weights).type_as(scores)[:, 0]
     return right[:, 0].mul(kept).neg()
 
 

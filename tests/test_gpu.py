@@ -26,6 +26,8 @@ from nope_gpt.data.batches import Batch
 from nope_gpt.model import NoPEGPT
 from nope_gpt.replaying import ReplayingReader
 from nope_gpt.sizing.memory import training_memory
+from nope_gpt.sizing.plans import Planner
+from nope_gpt.sizing.time import Machine
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.measuring import allocated_peak, rehearsed_peak
 
@@ -305,6 +307,12 @@ def test_the_plan_is_what_the_allocator_gives_out(name: str) -> None:
     print(name, peak, rehearsed, plan.peak, plan.as_dict())
     assert rehearsed == pytest.approx(peak, rel=0.05)
     assert plan.peak == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("memory", [8, 24, 80])
+def test_large_plans_are_those_of_a_rehearsal(memory: int) -> None:
+    for plan in Planner(SizeConfig(), memory * 10**9, Machine()).plans():
+        assert plan.memory.peak == pytest.approx(rehearsed_peak(plan.work, CUDA), rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "one batch", "recomputed"])
