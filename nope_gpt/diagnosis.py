@@ -215,7 +215,7 @@ def extras(_: torch.device) -> Iterator[Finding]:
 
 
 def speed(device: torch.device) -> Iterator[Finding]:
-    """Training a preset for five seconds, on a GPU one that keeps it busy, if that fits."""
+    """Training a preset for five seconds."""
     precision = resolve_precision("auto", device)
 
     def work_of(name: str) -> SizeConfig:
@@ -228,7 +228,7 @@ def speed(device: torch.device) -> Iterator[Finding]:
         )
 
     name, work = "tiny", work_of("tiny")
-    if device.type == "cuda":
+    if device.type == "cuda":  # A larger one keeps it busy, if it fits.
         larger = work_of("125m")
         if training_memory(larger).peak < (memory_left(device) or 0):
             name, work = "125m", larger

@@ -96,6 +96,14 @@ def test_a_row_that_is_no_document_is_refused_with_the_reason(
         document_of(row, schema)
 
 
+@pytest.mark.parametrize("schema", [MESSAGES, COMPLETIONS])
+def test_a_file_may_mix_both_forms_of_a_conversation(schema: Schema) -> None:
+    assert document_of({"messages": CHAT}, schema) == Conversation(CHAT)
+    row = {"prompt": "Why?", "completion": "So."}
+    asked, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+    assert document_of(row, schema) == Conversation([asked, answer], 1)
+
+
 def test_only_role_and_content_of_a_message_are_kept() -> None:
     messages = [message | {"name": None, "score": 1.5} for message in CHAT]
     assert document_of({"messages": messages, "id": 7}, MESSAGES) == Conversation(CHAT)

@@ -68,6 +68,7 @@ def run(facts: Facts) -> Sections:
     following = [("", f"nope {facts['command']} --resume {facts['path']}")]
     if whole:
         following.insert(0, ("", f"nope generate --model {facts['path']}"))
+        following.insert(1, ("", f"nope export --model {facts['path']} --output exports/NAME"))
     return [
         (f"run of nope {facts['command']} {facts['version']}", rows),
         ("settings that are not the defaults", settings or [("", "none")]),

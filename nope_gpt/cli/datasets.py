@@ -46,7 +46,7 @@ def report(manifest: dict[str, Any]) -> str:
         f"{bytes_per_token(stats):.2f} bytes of text a token, "
         f"{format_bytes(stats['text_bytes'])} in all",
         f"{counted(len(manifest['shards']), 'shard')} from "
-        + ", ".join(source_line(source) for source in used_sources(manifest)),
+        + ", ".join(dict.fromkeys(map(source_line, used_sources(manifest)))),
     ]
     if stats["cut"]:
         lines.append(f"{stats['cut']:,} were too long and lost their last messages")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 import time
 from functools import partial
@@ -60,6 +61,8 @@ def command(
         f"\nDone in {format_seconds(time.perf_counter() - started)}. What to type next:",
         style="bold",
     )
+    if shutil.which("nope") is None:
+        say(f"  (nope is in {Path(sys.executable).parent}: activate that environment first)")
     say(f"  nope chat --model {exported}")
     say(f'  nope generate "{OPENINGS[0]}" --model {base}')
     say(f"  nope export --model {tuned} --format transformers --output {root / 'for-transformers'}")

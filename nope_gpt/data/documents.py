@@ -78,6 +78,9 @@ def document_of(row: Any, schema: Schema) -> Document:
         raise Refused("something else than an object")
     if schema.content == TEXT:
         return text_of(row.get(schema.columns[0]))
+    if schema.content == CHAT:  # Lines of JSON may have either form, whatever the first one has.
+        forms = (form for form in (MESSAGES, COMPLETIONS) if row.keys() >= set(form.columns))
+        schema = next(forms, schema)
     if schema == MESSAGES:
         return Conversation(messages_of(row.get("messages")))
     if schema == COMPLETIONS:
