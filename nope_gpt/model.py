@@ -120,19 +120,19 @@ class NoPEGPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         parts, right = self.token_embeddings.parts, targets.flatten()
-        how = (self.loss_chunk, self.to_gradient)
-        # Nothing here holds on to the norm's output, which autocast may copy.
+        chunk, gradient = self.loss_chunk, self.to_gradient
+        # Nothing here holds on to the norm's output, which autocast may copy: `*how` would.
         if each:
             normed = self.norm(hidden).flatten(0, 1)
-            return cross_entropies(normed, parts, right, *how).view_as(targets)
-        loss = summed_cross_entropy(self.norm(hidden).flatten(0, 1), parts, right, *how)
+            return cross_entropies(normed, parts, right, chunk, gradient).view_as(targets)
+        loss = summed_cross_entropy(self.norm(hidden).flatten(0, 1), parts, right, chunk, gradient)
         if not recalls:
             return loss
         assert self.recall
         before = before_each(tokens, documents)
         told = self.recall(seen[early]).flatten(0, 1)
         fixed = tuple(part.detach() for part in parts)
-        again = summed_cross_entropy(told, fixed, before.flatten(), *how)
+        again = summed_cross_entropy(told, fixed, before.flatten(), chunk, gradient)
         return torch.stack([loss, again])
 
     def logits(self, hidden: Tensor) -> Tensor:
