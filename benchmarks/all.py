@@ -1,7 +1,7 @@
 """Every benchmark, one after another, as the documents quote them.
 
     python benchmarks/all.py CLASSICS.parquet SHAKESPEARE.txt CONVERSATIONS.jsonl PAIRS.jsonl
-        [--into build/benchmarks] [--only train tune ...]
+        [--eleuther calc_transformer_mem.py] [--into build/benchmarks] [--only train tune ...]
 
 What each prints goes into a file of its own. It takes some hours, and a machine that does nothing
 else; what is not measured in time comes last. One that fails is told, and the others go on.
@@ -21,7 +21,7 @@ COMMANDS = {
     "train-vocabulary": "train.py --shape vocabulary",
     "cross_entropy": "cross_entropy.py",
     "checkpoints": "checkpoints.py",
-    "size": "size.py",
+    "size": "size.py {eleuther}",
     "tune": "tune.py {conversations} --rounds 4 --steps 3",
     "tune-dpo": "tune.py {pairs} --objective dpo --learning-rate 1e-4 --tokenizer {conversations} "
     "--rounds 4 --steps 3",
@@ -43,13 +43,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("classics", "shakespeare", "conversations", "pairs"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--eleuther", type=Path, help="EleutherAI's calculator, to compare")
     parser.add_argument("--into", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--only", nargs="*", choices=COMMANDS, default=list(COMMANDS))
     options = parser.parse_args()
     options.into.mkdir(parents=True, exist_ok=True)
+    eleuther = f"--eleuther {options.eleuther}" if options.eleuther else ""
     failed = []
     for name in options.only:
-        command = COMMANDS[name].format(**vars(options))
+        command = COMMANDS[name].format(**vars(options) | {"eleuther": eleuther})
         script, *words = shlex.split(command)
         print(f"{time.strftime('%H:%M:%S')} {command}", flush=True)
         with (options.into / f"{name}.md").open("w") as out:

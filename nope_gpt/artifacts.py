@@ -280,8 +280,11 @@ def replace_directory(new: Path, path: Path) -> None:
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether a directory is empty, or one that this program writes whole."""
-    names = {file.name for file in path.iterdir()}
+    """Whether a directory is empty or gone, or one that this program writes whole."""
+    try:
+        names = {file.name for file in path.iterdir()}
+    except FileNotFoundError:  # Another process has just set it aside.
+        return True
     is_model = {"config.json", "model.safetensors"} <= names
     return not names or bool(names & {MANIFEST, PARITY}) or is_model
 

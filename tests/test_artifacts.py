@@ -22,6 +22,7 @@ from nope_gpt.artifacts import (
     array_file,
     beside,
     describe,
+    is_artifact,
     is_leftover,
     publish,
     read_manifest,
@@ -365,3 +366,7 @@ def test_a_file_is_no_directory_of_an_artefact(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("hello")
     with pytest.raises(UsageError, match="this is a file, not the directory of a dataset"):
         read_manifest(tmp_path / "data", "dataset")
+
+
+def test_a_place_that_another_process_has_just_set_aside_holds_nothing_else(tmp_path: Path) -> None:
+    assert is_artifact(tmp_path / "gone")
