@@ -68,14 +68,14 @@ check: setup  ## Lint, check types and see that the generated docs are fresh
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python docs/build_cli.py --check
+	$(BIN)/python docs/build_pages.py --check
 
 fix: setup  ## Mend what the linter and formatter can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 docs: setup  ## Write the generated docs
-	$(BIN)/python docs/build_cli.py
+	$(BIN)/python docs/build_pages.py
 
 site: setup  ## Make the site of README and docs in build/site
 	$(BIN)/mkdocs build --strict

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nope_gpt.caching import KVCache
 from nope_gpt.config import SamplingConfig
 from nope_gpt.data.shards import Dataset, TokenStream
-from nope_gpt.generation import Lookahead, cache_for, drawn
-from nope_gpt.locating import locate
+from nope_gpt.generation.continuation import Lookahead, cache_for, drawn
+from nope_gpt.generation.sampling import Draws
+from nope_gpt.hub.locating import locate
 from nope_gpt.model import NoPEGPT
-from nope_gpt.sampling import Draws
+from nope_gpt.network.caching import KVCache
 
 DTYPES: dict[str, Callable[[NoPEGPT], NoPEGPT]] = {
     "float32": lambda model: model.float(),

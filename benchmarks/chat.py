@@ -24,7 +24,7 @@ import pexpect
 import torch
 from train import hardware
 
-from nope_gpt.chat import ChatSession
+from nope_gpt.chat.session import ChatSession
 from nope_gpt.config import ChatConfig
 from nope_gpt.memory import Message
 from nope_gpt.model import NoPEGPT

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from train import SHAPES, hardware, now, ours
 
-from nope_gpt import hub
+from nope_gpt.amounts import format_bytes
 from nope_gpt.config import PretrainConfig
 from nope_gpt.device import autocast
-from nope_gpt.sizing.units import format_bytes
+from nope_gpt.hub import storage
 from nope_gpt.training import state
 from nope_gpt.training.checkpoints import Progress, Saver, Snapshot
 from nope_gpt.training.optimization import make_optimizers
@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         saver = Saver(
             Path(place),
-            lambda path, snapshot: hub.save(path, model.saved(snapshot.model)),
+            lambda path, snapshot: storage.save(path, model.saved(snapshot.model)),
             keep=2,
             keep_every=None,
             written=lambda _: None,

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from train import hardware
 
-from nope_gpt.cross_entropy import summed_cross_entropy
 from nope_gpt.device import reuse_freed_memory
+from nope_gpt.network.cross_entropy import summed_cross_entropy
 
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from train import arcee, seeded
 
-from nope_gpt.caching import KVCache
 from nope_gpt.export import gguf_files
 from nope_gpt.model import NoPEGPT
+from nope_gpt.network.caching import KVCache
 
 CPU = torch.device("cpu")
 

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from train import hardware
 
+from nope_gpt.amounts import format_bytes
 from nope_gpt.config import ExportConfig
 from nope_gpt.export.exporting import export
 from nope_gpt.model import NoPEGPT
-from nope_gpt.sizing.units import format_bytes
 from nope_gpt.tokenization import BaseTokenizer
 
 CHAT_400M = (50261, 1280, 20, 5, 20, 4)
@@ -73,7 +73,7 @@ def speeds(files: dict[str, Path], rounds: int, count: int) -> dict[str, list[fl
     """Tokens a second of each GGUF file, round after round."""
     import llama_cpp
 
-    from nope_gpt.export.gguf_readers import quiet
+    from nope_gpt.export.llama_cpp import quiet
 
     quiet()
     opened = {

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from train import SHAPES, Worker, forget_peak, hardware, memory, model_config, now
 
-from nope_gpt.sizing.units import format_bytes
+from nope_gpt.amounts import format_bytes
 
 TINY = {"d": 64, "layers": 2, "heads": 4, "kv": 2, "ratio": 4, "vocabulary": 512}
 NETWORKS = {"400m": {name: SHAPES["400m"][name] for name in TINY}, "tiny": TINY}

@@ -42,14 +42,14 @@ from nanogpt import train_peer
 from numpy.typing import NDArray
 from train import hardware
 
-from nope_gpt import hub
 from nope_gpt.config import PrepareConfig, PretrainConfig
 from nope_gpt.config.presets import SEED_BEGINNING, SEED_RECIPE
 from nope_gpt.data.batches import Batch, TextBatches
 from nope_gpt.data.prepare import prepare
 from nope_gpt.evaluation.lengths import bits_per_byte, spans_of, windowed_losses
 from nope_gpt.evaluation.network import OwnNetwork
-from nope_gpt.locating import locate
+from nope_gpt.hub import storage
+from nope_gpt.hub.locating import locate
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.execution import execute
@@ -197,7 +197,7 @@ def trained(
         settings["max_steps"] = steps
     last = run(PretrainConfig(**settings, run_name="cell"), **own)
     model_path = locate(str(directory / "runs" / "cell"))
-    model = NoPEGPT.from_saved(hub.load(model_path, rotary=True))
+    model = NoPEGPT.from_saved(storage.load(model_path, rotary=True))
     model.decoder.set_rotary(own["rotary"])
     return model, BaseTokenizer.load(model_path), last
 

@@ -32,17 +32,18 @@ from learn import SHAPE, encode, texts_of, trained
 from torch import Tensor
 from train import hardware
 
-from nope_gpt import hub, rotary
+from nope_gpt.adaptation.reach import sharpened
 from nope_gpt.config import TuneConfig
 from nope_gpt.config.tuning import EXTENSION
 from nope_gpt.evaluation.calibration import calibrate
 from nope_gpt.evaluation.lengths import by_length, spans_of, windowed_losses
 from nope_gpt.evaluation.network import OwnNetwork
 from nope_gpt.evaluation.passkey import ANSWER, DIGITS, NEEDLE, QUESTION, found_by_depth
-from nope_gpt.locating import locate
+from nope_gpt.hub import storage
+from nope_gpt.hub.locating import locate
 from nope_gpt.model import NoPEGPT
-from nope_gpt.reach import sharpened
-from nope_gpt.sharpening import Sharpening
+from nope_gpt.network import rotary
+from nope_gpt.network.sharpening import Sharpening
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.extending import extend
 
@@ -146,7 +147,7 @@ def extended(directory: Path, times: int, seed: int) -> NoPEGPT:
             "num_eval_samples": 1,
         },
     )
-    return NoPEGPT.from_saved(hub.load(locate(str(extend(config, [])))))
+    return NoPEGPT.from_saved(storage.load(locate(str(extend(config, [])))))
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nope_gpt.batching import Request, answers
 from nope_gpt.config import GenerateConfig, TuneConfig
-from nope_gpt.knobs import known_fields
+from nope_gpt.config.knobs import known_fields
+from nope_gpt.generation.batching import Request, answers
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.tuning import Tuning
 

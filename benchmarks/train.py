@@ -36,12 +36,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nope_gpt import transformers_layout
+from nope_gpt.amounts import format_bytes
 from nope_gpt.config import ModelConfig, PretrainConfig
 from nope_gpt.device import autocast, reuse_freed_memory
+from nope_gpt.hub import transformers_layout
 from nope_gpt.model import NoPEGPT
 from nope_gpt.sizing.arithmetic import count_parameters, training_flops_per_token
-from nope_gpt.sizing.units import format_bytes
 from nope_gpt.training import compilation
 from nope_gpt.training.compilation import obstacle
 from nope_gpt.training.optimization import make_optimizers

@@ -43,14 +43,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from train import SHAPES, Worker, arcee, forget_peak, hardware, memory, seeded
 
+from nope_gpt.adaptation.lora import LoRALinear
+from nope_gpt.amounts import format_bytes
 from nope_gpt.config import PrepareConfig, TuneConfig
-from nope_gpt.cross_entropy import IGNORED
 from nope_gpt.data.batches import Batch
 from nope_gpt.data.chats import Sample, end_to_end, padded
 from nope_gpt.data.prepare import prepare
-from nope_gpt.lora import LoRALinear
 from nope_gpt.model import NoPEGPT
-from nope_gpt.sizing.units import format_bytes
+from nope_gpt.network.cross_entropy import IGNORED
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.reporting import Listener, StepReport
 from nope_gpt.training.tuning import Tuning, tune

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
+from nope_gpt.amounts import format_bytes
 from nope_gpt.errors import CapacityError, UsageError
-from nope_gpt.hardware import dense_bfloat16_peak
-from nope_gpt.sizing.units import format_bytes
+from nope_gpt.sizing.hardware import dense_bfloat16_peak
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of mallopt(3)."""

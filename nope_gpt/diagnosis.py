@@ -16,8 +16,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from nope_gpt import __version__, native
-from nope_gpt.artifacts import nearest_directory
+from nope_gpt import __version__
+from nope_gpt.amounts import format_bytes
 from nope_gpt.config import PRESETS, SHAPE_TINY, ModelConfig, PretrainConfig, SizeConfig
 from nope_gpt.device import (
     has_bfloat16,
@@ -26,11 +26,12 @@ from nope_gpt.device import (
     resolve_precision,
 )
 from nope_gpt.errors import first_line
+from nope_gpt.files.artifacts import nearest_directory
 from nope_gpt.model import NoPEGPT
+from nope_gpt.network import native
 from nope_gpt.sizing.arithmetic import training_flops_per_token
 from nope_gpt.sizing.calibration import own_cpu
 from nope_gpt.sizing.memory import training_memory
-from nope_gpt.sizing.units import format_bytes
 from nope_gpt.training import compilation, measuring
 
 GOOD, LESS, BAD = "good", "less", "bad"

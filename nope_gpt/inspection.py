@@ -8,16 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nope_gpt import artifacts, hub, sharpening
-from nope_gpt.artifacts import MANIFEST, PARITY
 from nope_gpt.config import PretrainConfig, TuneConfig
+from nope_gpt.config.knobs import Knobs, differences, resolve
 from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.data.staging import SUFFIX, Staging, is_held
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
-from nope_gpt.history import METRICS, STATE, curves, logged, stages_of
-from nope_gpt.json_files import DAMAGE, read_json
-from nope_gpt.knobs import Knobs, differences, resolve
-from nope_gpt.locating import (
+from nope_gpt.files import artifacts
+from nope_gpt.files.artifacts import MANIFEST, PARITY
+from nope_gpt.files.json_files import DAMAGE, read_json
+from nope_gpt.hub import storage
+from nope_gpt.hub.history import METRICS, STATE, curves, logged, stages_of
+from nope_gpt.hub.locating import (
     CONFIG,
     HOLDER,
     INDEX,
@@ -29,6 +30,7 @@ from nope_gpt.locating import (
     read_run,
     step_of,
 )
+from nope_gpt.network import sharpening
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
 
 Facts = dict[str, Any]
@@ -149,8 +151,8 @@ def model_facts(path: Path, verify: bool) -> Facts:
     """
     if verify and (path / MANIFEST).is_file():
         artifacts.verify(path, artifacts.read_manifest(path, "checkpoint"))
-    saved = hub.load(path, rotary=True)
-    hub.refuse_infinite(saved.state, str(path))
+    saved = storage.load(path, rotary=True)
+    storage.refuse_infinite(saved.state, str(path))
     return {
         "parameters": sum(weight.numel() for weight in saved.state.values()),
         "dtypes": sorted({str(x.dtype).removeprefix("torch.") for x in saved.state.values()}),

@@ -1,6 +1,6 @@
 """NoPE GPT: a decoder-only transformer without positional embeddings.
 
-An embedding, the blocks of `blocks.py` on one residual stream, a norm, and a head that is
+An embedding, the blocks of `network/blocks.py` on one residual stream, a norm, and a head that is
 the transposed embedding. The order of the tokens is known from the causal mask alone.
 
 Shapes: B batch, T tokens, C embedding dimensions, V vocabulary.
@@ -16,22 +16,29 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nope_gpt import generation, hub, initialization
-from nope_gpt.attention import Documents, kernels_without_plans
-from nope_gpt.blocks import NORM_EPSILON, Decoder
-from nope_gpt.caching import KVCache, Reader, Reading
 from nope_gpt.config import LOSS_CHUNK, RECALLED_FROM, ModelConfig, SamplingConfig
-from nope_gpt.cross_entropy import ToGradient, cross_entropies, summed_cross_entropy, to_gradient
 from nope_gpt.device import refuse_small_memory
-from nope_gpt.embedding import TiedEmbedding
 from nope_gpt.errors import UsageError
-from nope_gpt.hub import SavedModel
-from nope_gpt.locating import locate
-from nope_gpt.native import NativeReader
-from nope_gpt.quantization import Int8Embedding, Int8Linear
-from nope_gpt.recall import Recall, before_each
-from nope_gpt.replaying import ReplayingReader
-from nope_gpt.sharpening import Sharpening
+from nope_gpt.generation.continuation import continuation, pairs
+from nope_gpt.hub import storage
+from nope_gpt.hub.locating import locate
+from nope_gpt.hub.storage import SavedModel
+from nope_gpt.network import initialization
+from nope_gpt.network.attention import Documents, kernels_without_plans
+from nope_gpt.network.blocks import NORM_EPSILON, Decoder
+from nope_gpt.network.caching import KVCache, Reader, Reading
+from nope_gpt.network.cross_entropy import (
+    ToGradient,
+    cross_entropies,
+    summed_cross_entropy,
+    to_gradient,
+)
+from nope_gpt.network.embedding import TiedEmbedding
+from nope_gpt.network.native import NativeReader
+from nope_gpt.network.quantization import Int8Embedding, Int8Linear
+from nope_gpt.network.recall import Recall, before_each
+from nope_gpt.network.replaying import ReplayingReader
+from nope_gpt.network.sharpening import Sharpening
 from nope_gpt.sizing.arithmetic import count_parameters
 from nope_gpt.sizing.memory import inference_memory
 
@@ -283,8 +290,8 @@ class NoPEGPT(nn.Module):
             raise UsageError(
                 f"the prompt has shape {tuple(prompt.shape)}, and must be at least one token [T]"
             )
-        choices = generation.continuation(self, prompt.tolist(), sampling, generator, cache)
-        return generation.pairs(choices)
+        choices = continuation(self, prompt.tolist(), sampling, generator, cache)
+        return pairs(choices)
 
     def quantize(self, dtype: torch.dtype | None = None) -> Self:
         """Round the matrices to 8-bit integers, in place; it can no longer be trained.
@@ -359,7 +366,7 @@ class NoPEGPT(nn.Module):
         Raises:
             NopeError: There is no such model, or its files are not a NoPE GPT.
         """
-        return cls.from_saved(hub.load(locate(model, **options)))
+        return cls.from_saved(storage.load(locate(model, **options)))
 
     @classmethod
     def from_saved(cls, saved: SavedModel) -> Self:
@@ -385,7 +392,7 @@ class NoPEGPT(nn.Module):
         """Write config.json and model.safetensors in the published layout."""
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        hub.save(path, self.saved())
+        storage.save(path, self.saved())
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model to the Hub; returns the address of the commit.
@@ -399,4 +406,4 @@ class NoPEGPT(nn.Module):
         """
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
-            return hub.upload(Path(directory), repo_id, **options)
+            return storage.upload(Path(directory), repo_id, **options)

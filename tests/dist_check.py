@@ -40,7 +40,7 @@ def check_contents(wheel: Path) -> None:
     assert about == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}, about
     found = {name: content for name, content in held.items() if not name.startswith(info)}
     assert found == package, found.keys() ^ package.keys()
-    assert {"nope_gpt/py.typed", "nope_gpt/native.cpp"} <= found.keys()
+    assert {"nope_gpt/py.typed", "nope_gpt/network/native.cpp"} <= found.keys()
 
 
 def check_use(wheel: Path, constraints: Path, place: Path) -> None:

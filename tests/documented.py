@@ -15,7 +15,7 @@ from test_cli import CONFIGS
 from nope_gpt.cli import app
 from nope_gpt.cli.options import implied_layers, normalize, preset_layers
 from nope_gpt.config import PRESETS
-from nope_gpt.knobs import resolve
+from nope_gpt.config.knobs import resolve
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

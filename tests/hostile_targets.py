@@ -19,11 +19,12 @@ from hostile import Chance, damaged
 from small import RECIPE, SHAPE, byte_dataset
 from small_chats import base_run, dataset_of, preferences, questions, tuned
 
-from nope_gpt import adapters, hub, transcripts
-from nope_gpt.artifacts import MANIFEST, describe, verify
-from nope_gpt.byte_pairs import tokenizer_json
+from nope_gpt.adaptation import adapters
+from nope_gpt.chat import transcripts
+from nope_gpt.chat.tools import calls_in, load_tools, told
 from nope_gpt.cli import datasets, many
 from nope_gpt.config import PretrainConfig, TuneConfig
+from nope_gpt.config.knobs import read_settings, resolve
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.chats import ChatBatches
 from nope_gpt.data.finding import find_dataset
@@ -32,16 +33,18 @@ from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.errors import NopeError
 from nope_gpt.evaluation import record
 from nope_gpt.export import card, legacy
-from nope_gpt.history import logged, stages_of
-from nope_gpt.knobs import read_settings, resolve
-from nope_gpt.locating import locate
+from nope_gpt.files.artifacts import MANIFEST, describe, verify
+from nope_gpt.hub import storage
+from nope_gpt.hub.history import logged, stages_of
+from nope_gpt.hub.locating import locate
+from nope_gpt.hub.published_layout import published_names
+from nope_gpt.hub.transformers_layout import ARCEE, LLAMA, settings, to_layout
 from nope_gpt.memory import Message
 from nope_gpt.model import NoPEGPT
-from nope_gpt.published_layout import published_names
+from nope_gpt.network.sharpening import Sharpening
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
-from nope_gpt.tools import calls_in, load_tools, told
+from nope_gpt.tokenization.byte_pairs import tokenizer_json
 from nope_gpt.training import checkpoints, runs
-from nope_gpt.transformers_layout import ARCEE, LLAMA, settings, to_layout
 
 TEXT = "The function returns a new list. The list holds the values that it was given. "
 
@@ -102,7 +105,7 @@ def sign(file: Path) -> None:
 def use_model(path: Path) -> None:
     """Load a model, continue a text, and read how it came to be."""
     place = locate(path)
-    saved = hub.load(place)
+    saved = storage.load(place)
     tokenizer = tokenizer_of(BaseTokenizer.load(place), saved.config.vocabulary_size)
     model = NoPEGPT.from_saved(saved)
     prompt = torch.tensor(tokenizer.tokenize("The list "))
@@ -134,7 +137,7 @@ def model_in(root: Path, *, chat: bool = False) -> tuple[NoPEGPT, BaseTokenizer]
 def published_model(root: Path) -> Target:
     """A model as it is on the Hub, with its history and what was found of it."""
     model, tokenizer = model_in(root)
-    hub.save(root, model.saved())
+    storage.save(root, model.saved())
     tokenizer.save(root)
     stage = {
         "command": "pretrain",
@@ -148,9 +151,9 @@ def published_model(root: Path) -> Target:
     (root / "history.json").write_text(json.dumps({"stages": [stage, stage]}))
     figures = dict.fromkeys(("length", "multiple", "perplexity"), 2.0)
     figures |= {"perplexity_ratio": 1.0, "bits_per_byte": 3.0}
-    found = {"weights_sha256": hub.digest(root), "tokens": 10, "lengths": [figures]}
+    found = {"weights_sha256": storage.digest(root), "tokens": 10, "lengths": [figures]}
     (root / "evaluation.json").write_text(json.dumps(found))
-    hub.write_sharpenings(root, {128: hub.Sharpening(1.5), 256: hub.Sharpening(1.0, 0.2)}, 64)
+    storage.write_sharpenings(root, {128: Sharpening(1.5), 256: Sharpening(1.0, 0.2)}, 64)
     files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken"]
     return Target(root, [*files, "history.json", "evaluation.json"], use_model)
 
@@ -158,7 +161,7 @@ def published_model(root: Path) -> Target:
 def model_in_parts(root: Path) -> Target:
     """A model whose weights are in several files."""
     model, tokenizer = model_in(root)
-    hub.save(root, model.saved(), largest_file=20_000)
+    storage.save(root, model.saved(), largest_file=20_000)
     tokenizer.save(root)
     parts = sorted(file.name for file in root.glob("model-*.safetensors"))
     return Target(root, ["model.safetensors.index.json", *parts[:2]], use_model)
@@ -180,7 +183,7 @@ def foreign_model(layout: str) -> Callable[[Path], Target]:
             pad=299,
         )
         tensors = to_layout(model.state_dict(), layout, model.config.num_decoder_layers)
-        hub.write_weights(root, tensors, {"format": "pt"}, None)
+        storage.write_weights(root, tensors, {"format": "pt"}, None)
         special = tokenizer.encoding._special_tokens | controls
         document = tokenizer_json(tokenizer.ranks, tokenizer.encoding._pat_str, special, {})
         (root / "config.json").write_text(json.dumps(written))
@@ -218,7 +221,7 @@ def trained_run(root: Path) -> Target:
     inside = ["config.json", "model.safetensors", "tokenizer.json", "run.json", "state.json"]
     inside += ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"]
     files = [f"checkpoints/{place.name}/{name}" for name in [*inside, MANIFEST]]
-    base_model = hub.load(locate(base))
+    base_model = storage.load(locate(base))
     facts = runs.stored_record(run, "tune")["facts"]
 
     def use(run: Path) -> None:

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from small import byte_dataset, small_run
 from small_chats import dataset_of, questions, tuned, tuning
 
-from nope_gpt import adapters, hub
+from nope_gpt.adaptation import adapters
 from nope_gpt.errors import MissingError, NopeError, UsageError
-from nope_gpt.locating import locate, newest_checkpoint
+from nope_gpt.hub import storage
+from nope_gpt.hub.locating import locate, newest_checkpoint
 
 Nope = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -41,9 +42,9 @@ def test_an_adapter_on_its_base_is_the_tuned_model_bit_for_bit(
     changes = {"embeddings": embeddings, "alpha": 0.7, "num_epochs": 1}
     run, _ = tuned(base, chats, tmp_path / "runs", **changes)
     place = alone(run, tmp_path / "adapter")
-    saved = tuning(base, chats).saved if embeddings == "none" else hub.load(locate(base))
+    saved = tuning(base, chats).saved if embeddings == "none" else storage.load(locate(base))
     made = adapters.folded(saved, locate(base), [place])
-    expected = hub.load(locate(run))
+    expected = storage.load(locate(run))
     assert made.config == expected.config
     for name, weight in expected.state.items():
         assert torch.equal(made.state[name], weight)
@@ -55,12 +56,12 @@ def test_adapters_stack_in_the_order_they_were_made(
     first, _ = tuned(base, chats, tmp_path / "runs", num_epochs=1)
     second, _ = tuned(first, chats, tmp_path / "runs", num_epochs=1, run_name="second")
     made = adapters.folded(
-        hub.load(locate(base)), locate(base), [locate(first), alone(second, tmp_path / "two")]
+        storage.load(locate(base)), locate(base), [locate(first), alone(second, tmp_path / "two")]
     )
-    for name, weight in hub.load(locate(second)).state.items():
+    for name, weight in storage.load(locate(second)).state.items():
         torch.testing.assert_close(made.state[name], weight, rtol=0, atol=1e-6)
     with pytest.raises(UsageError, match="this adapter was trained on other weights") as no:
-        adapters.folded(hub.load(locate(base)), locate(base), [locate(second)])
+        adapters.folded(storage.load(locate(base)), locate(base), [locate(second)])
     assert "the older ones first" in str(no.value.hint)
     say = ["generate", "What", "--max-tokens=8", "--temperature=0", "--dtype=float32"]
     whole = nope(*say, "--model", second)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nope_gpt.artifacts import (
+from nope_gpt.errors import CapacityError, MissingError, NopeError, UsageError
+from nope_gpt.files.artifacts import (
     MANIFEST,
     array_file,
     beside,
@@ -31,7 +32,6 @@ from nope_gpt.artifacts import (
     write_json,
     writing,
 )
-from nope_gpt.errors import CapacityError, MissingError, NopeError, UsageError
 
 CONTENT = bytes(range(256)) * 4
 HEAD: dict[str, Any] = {"kind": "dataset", "format_version": 1}

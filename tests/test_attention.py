@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from nope_gpt.attention import (
+from nope_gpt.network.attention import (
     Documents,
     blockwise_attention,
     blockwise_attention_backward,

@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nope_gpt.artifacts import FORMAT_VERSION, MANIFEST, describe
 from nope_gpt.data.batches import Batch, TextBatches
 from nope_gpt.data.chats import ChatBatches, packed
 from nope_gpt.data.encoding import EncodedDocument, token_dtype
@@ -23,6 +22,7 @@ from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.ordering import shuffled
 from nope_gpt.data.shards import Dataset, TokenStream
 from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.files.artifacts import FORMAT_VERSION, MANIFEST, describe
 
 IGNORED = -100
 START, STOP = 7, 8

@@ -15,10 +15,10 @@ import torch
 from small import RECIPE, byte_dataset, small_model
 from test_chat import TOKENIZER
 
-from nope_gpt.batching import Request, answers
 from nope_gpt.config import PretrainConfig, SamplingConfig
 from nope_gpt.errors import CapacityError, UsageError
 from nope_gpt.generation import continuation
+from nope_gpt.generation.batching import Request, answers
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.pretraining import pretrain
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import small_model
 
-from nope_gpt.beams import Hypothesis, beam_search
 from nope_gpt.config import SamplingConfig
+from nope_gpt.generation.beams import Hypothesis, beam_search
 from nope_gpt.model import NoPEGPT
 
 V = 5

@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_export import CORPUS, exported, sharp
 
-from nope_gpt import byte_pairs, encodings
 from nope_gpt.errors import NopeError
-from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
+from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, byte_pairs, encodings
 
 
 @pytest.mark.ranks

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from nope_gpt.chat import ChatSession
+from nope_gpt.chat.session import ChatSession
 from nope_gpt.cli import main
 from nope_gpt.config import ChatConfig
 from nope_gpt.errors import UsageError
+from nope_gpt.generation.streaming import Statistics
 from nope_gpt.model import NoPEGPT
-from nope_gpt.streaming import Statistics
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 TOKENIZER = ChatTokenizer.of_bytes()

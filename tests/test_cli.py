@@ -38,10 +38,10 @@ from nope_gpt.config import (
     SizeConfig,
     TuneConfig,
 )
+from nope_gpt.config.knobs import Knobs, as_words, differences, flag_of
 from nope_gpt.errors import MissingError, UsageError
-from nope_gpt.knobs import Knobs, as_words, differences, flag_of
+from nope_gpt.generation.streaming import Piece
 from nope_gpt.model import NoPEGPT
-from nope_gpt.streaming import Piece
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 Call = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_chat import FORGED, TOKENIZER, said, say, session, speaker
 
-from nope_gpt import hub, transcripts
-from nope_gpt.chat import ChatSession, Completion, rounds, session_of, turns
+from nope_gpt.chat import transcripts
+from nope_gpt.chat.session import ChatSession, Completion, rounds, session_of, turns
+from nope_gpt.chat.tools import carry_out, load_tools
 from nope_gpt.cli.repl import commands
 from nope_gpt.cli.repl.conversation import Conversation
 from nope_gpt.cli.repl.display import Blocks
@@ -22,8 +23,8 @@ from nope_gpt.cli.repl.keyboard import history_of, is_open, unfenced
 from nope_gpt.config import ChatConfig, PrepareConfig
 from nope_gpt.data.prepare import prepare
 from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.hub import storage
 from nope_gpt.tokenization import BaseTokenizer
-from nope_gpt.tools import carry_out, load_tools
 
 CALL = '<tool_call>{"name": "calculate", "arguments": {"expression": "6*7"}}</tool_call>'
 
@@ -462,7 +463,7 @@ def test_the_context_is_pictured_and_what_is_forgotten_is_told_once(
     ("system", "history", "filled"), [(0, 0, 0), (50, 25, 30), (100, 100, 40), (0, 1000, 40)]
 )
 def test_the_picture_of_the_context_is_forty_cells(system: int, history: int, filled: int) -> None:
-    from nope_gpt.chat import Window
+    from nope_gpt.chat.session import Window
 
     text = commands.meter(Window(system, history, 100, 3, 0), None)
     bar = text.split(" ")[0]
@@ -528,6 +529,6 @@ def test_loading_is_a_bar_below_the_prompt() -> None:
 def test_loading_tells_every_share_up_to_all_of_it(tmp_path: Path) -> None:
     speaker("ok").save_pretrained(tmp_path)
     shares: list[float] = []
-    hub.load(tmp_path, shares.append)
+    storage.load(tmp_path, shares.append)
     assert shares == sorted(shares)
     assert 0 < shares[0] < 0.9 < shares[-1] <= 1

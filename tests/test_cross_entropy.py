@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nope_gpt import cross_entropy
 from nope_gpt.config import LOSS_CHUNK
-from nope_gpt.cross_entropy import IGNORED, cross_entropies, summed_cross_entropy
+from nope_gpt.network import cross_entropy
+from nope_gpt.network.cross_entropy import IGNORED, cross_entropies, summed_cross_entropy
 
 
 def drawn(seed: int, rows: int, width: int, vocabulary: int, ignored: float) -> list[Tensor]:

@@ -29,9 +29,9 @@ from nope_gpt.data.documents import (
 from nope_gpt.data.encoding import TOO_LONG, EncodedDocument, Limit, encode
 from nope_gpt.data.prepare import prepare
 from nope_gpt.data.shards import Dataset
-from nope_gpt.encodings import END_OF_TEXT
 from nope_gpt.memory import Message
 from nope_gpt.tokenization import ChatTokenizer, resolve
+from nope_gpt.tokenization.encodings import END_OF_TEXT
 
 EVERY_KIND = pytest.mark.parametrize(
     "spec", ["bytes", "bpe:300", pytest.param("r50k_base", marks=pytest.mark.ranks)]

@@ -23,8 +23,8 @@ from nope_gpt.data.prepare import prepare
 from nope_gpt.data.shards import Dataset, TokenStream
 from nope_gpt.device import Ranks
 from nope_gpt.errors import CapacityError, UsageError
-from nope_gpt.hardware import dense_bfloat16_peak
 from nope_gpt.sizing.arithmetic import count_parameters, training_flops_per_token
+from nope_gpt.sizing.hardware import dense_bfloat16_peak
 from nope_gpt.training import compilation
 from nope_gpt.training.compilation import WORTHWHILE_FLOPS, compile_network
 from nope_gpt.training.loop import Trainer

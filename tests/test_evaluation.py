@@ -14,7 +14,7 @@ from reference import SETTINGS, forward, write_published
 from small import RECIPE, byte_dataset, small_model
 from torch.nn import functional as F
 
-from nope_gpt import hub
+from nope_gpt.adaptation.reach import plan_context, scale_attention, sharpen, sharpened
 from nope_gpt.config import PretrainConfig
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.evaluation.calibration import CANDIDATES, calibrate, certain
@@ -29,10 +29,10 @@ from nope_gpt.evaluation.lengths import (
 )
 from nope_gpt.evaluation.network import OwnNetwork
 from nope_gpt.evaluation.passkey import finds, found_by_depth, probe
-from nope_gpt.locating import locate
+from nope_gpt.hub import storage
+from nope_gpt.hub.locating import locate
 from nope_gpt.model import NoPEGPT
-from nope_gpt.reach import plan_context, scale_attention, sharpen, sharpened
-from nope_gpt.sharpening import NONE, Growth, Sharpening
+from nope_gpt.network.sharpening import NONE, Growth, Sharpening
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.pretraining import pretrain
 
@@ -572,7 +572,7 @@ def test_what_is_recorded_is_in_the_run_its_tensorboard_and_the_card_of_its_expo
         json.loads(done.stdout),
         json.loads(Path("own/pretrain/evaluation.json").read_text()),
     )
-    assert kept["weights_sha256"] == hub.digest(locate("own/pretrain"))
+    assert kept["weights_sha256"] == storage.digest(locate("own/pretrain"))
     assert kept["lengths"] == found["lengths"]
     events = EventAccumulator("own/pretrain").Reload()
     assert events.Images("Reach")[0].step == 4

@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from small_chats import dataset_of, questions, tuned
 from torch import Tensor
 
-from nope_gpt import hub
-from nope_gpt import transformers_layout as layouts
+from nope_gpt.adaptation.reach import scale_attention
 from nope_gpt.config import ExportConfig, ModelConfig
 from nope_gpt.errors import CapacityError, NopeError, UsageError
 from nope_gpt.export import exporting, hub_files, parity, readers, transformers_files
@@ -30,9 +29,10 @@ from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.exporting import export
 from nope_gpt.export.readers import OwnReader, TransformersReader
 from nope_gpt.export.source import Source, open_source
+from nope_gpt.hub import storage
+from nope_gpt.hub import transformers_layout as layouts
 from nope_gpt.model import NoPEGPT
-from nope_gpt.reach import scale_attention
-from nope_gpt.sharpening import Sharpening
+from nope_gpt.network.sharpening import Sharpening
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -77,7 +77,7 @@ def some_tokens(count: int, vocabulary_size: int = 261) -> Tensor:
 def calibrated(path: Path, found: Sharpening) -> Path:
     """A model that knows what to scale its attention by in contexts of 128 tokens."""
     sharp(path, vocabulary_size=261, tokenizer="bytes")
-    hub.write_sharpenings(path, {128: found}, 64)
+    storage.write_sharpenings(path, {128: found}, 64)
     return path
 
 
@@ -393,7 +393,7 @@ def test_what_transformers_saves_again_is_still_a_model_here(
     place = exported(model, layout, tmp_path / "out")
     AutoModelForCausalLM.from_pretrained(place).save_pretrained(tmp_path / "again")
     AutoTokenizer.from_pretrained(place).save_pretrained(tmp_path / "again")
-    again, ours = hub.load(tmp_path / "again"), hub.load(model)
+    again, ours = storage.load(tmp_path / "again"), storage.load(model)
     assert again.config == ours.config
     for name, tensor in ours.state.items():
         assert torch.equal(again.state[name], tensor), name
@@ -656,11 +656,11 @@ def test_large_weights_are_spread_over_files_that_both_libraries_read(
         assert len(files) > 2
         assert all(path.stat().st_size < 100_000 for path in place.glob("*.safetensors"))
         assert "model.safetensors" not in files
-        back = hub.load(place)
-        for name, tensor in hub.load(model).state.items():
+        back = storage.load(place)
+        for name, tensor in storage.load(model).state.items():
             assert torch.equal(back.state[name], tensor)
     again = exported(tmp_path / "transformers", "hub", tmp_path / "again", overwrite=False)
-    assert hub.digest(again) == hub.digest(tmp_path / "hub")
+    assert storage.digest(again) == storage.digest(tmp_path / "hub")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

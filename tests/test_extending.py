@@ -13,13 +13,13 @@ from reference import forward
 from safetensors.torch import load_file
 from small import RECIPE, SHAPE, Recorder, byte_dataset, small_model, small_run
 
+from nope_gpt.adaptation.reach import scale_attention
 from nope_gpt.config import TuneConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import UsageError
-from nope_gpt.locating import locate
+from nope_gpt.hub.locating import locate
 from nope_gpt.model import NoPEGPT
-from nope_gpt.reach import scale_attention
 from nope_gpt.training import state
 from nope_gpt.training.extending import extend, folded, scale_heads
 

@@ -23,7 +23,8 @@ from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.export import exporting, gguf_files, parity
 from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.exporting import export
-from nope_gpt.export.gguf_readers import GgufReader, LlamaCppReader
+from nope_gpt.export.gguf_reader import GgufReader
+from nope_gpt.export.llama_cpp import LlamaCppReader
 from nope_gpt.export.source import Source
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer

@@ -17,14 +17,14 @@ from small_chats import dataset_of, preferences, questions, tuned
 from test_attention import drawn, error, plain, with_gradients
 from torch.nn import functional as F
 
-from nope_gpt.attention import Documents, causal_attention
-from nope_gpt.batching import Request, answers
-from nope_gpt.caching import BLOCK
 from nope_gpt.config import SHAPE_TINY, SamplingConfig, SizeConfig
-from nope_gpt.cross_entropy import IGNORED, cross_entropies, summed_cross_entropy
 from nope_gpt.data.batches import Batch
+from nope_gpt.generation.batching import Request, answers
 from nope_gpt.model import NoPEGPT
-from nope_gpt.replaying import ReplayingReader
+from nope_gpt.network.attention import Documents, causal_attention
+from nope_gpt.network.caching import BLOCK
+from nope_gpt.network.cross_entropy import IGNORED, cross_entropies, summed_cross_entropy
+from nope_gpt.network.replaying import ReplayingReader
 from nope_gpt.sizing.memory import training_memory
 from nope_gpt.sizing.plans import Planner
 from nope_gpt.sizing.time import Machine

@@ -19,19 +19,20 @@ from hostile_targets import CONVERSATION, TARGETS, Target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nope_gpt import hub, transcripts
-from nope_gpt.adapters import Adapter, with_adapter
+from nope_gpt.adaptation.adapters import Adapter, with_adapter
+from nope_gpt.chat import transcripts
+from nope_gpt.chat.tools import Call, carry_out, load_tools
 from nope_gpt.cli import datasets, many
 from nope_gpt.cli.terminal import fail
 from nope_gpt.config import PretrainConfig
+from nope_gpt.config.knobs import read_settings, resolve
 from nope_gpt.data.catalog import subset_of
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.export.legacy import read_checkpoint
-from nope_gpt.json_files import DEEPEST, LARGEST, check, parse_json, read_json
-from nope_gpt.knobs import read_settings, resolve
+from nope_gpt.files.json_files import DEEPEST, LARGEST, check, parse_json, read_json
+from nope_gpt.hub import storage
 from nope_gpt.tokenization import BaseTokenizer
-from nope_gpt.tools import Call, carry_out, load_tools
 from nope_gpt.training.checkpoints import read_progress
 from nope_gpt.training.runs import stored_record
 
@@ -146,17 +147,17 @@ def test_a_tensor_that_is_described_twice_is_refused(tmp_path: Path) -> None:
     text += content[9 : 8 + length]
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     with pytest.raises(NopeError, match="twice"):
-        hub.load(file.parent)
+        storage.load(file.parent)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")
 @pytest.mark.parametrize(
     ("name", "read"),
     [
-        ("config.json", hub.load),
+        ("config.json", storage.load),
         ("tokenizer.json", BaseTokenizer.load),
         ("tokenizer.tiktoken", BaseTokenizer.load),
-        ("model.safetensors", hub.load),
+        ("model.safetensors", storage.load),
         ("manifest.json", Dataset.open),
         ("run.json", lambda path: stored_record(path, "pretrain")),
         ("state.json", read_progress),
@@ -378,7 +379,7 @@ def test_a_data_set_of_no_lengths_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_long_tokens_is_read_in_little_time(tmp_path: Path) -> None:
-    from nope_gpt.byte_pairs import GPT2_PATTERN, merges, tokenizer_json
+    from nope_gpt.tokenization.byte_pairs import GPT2_PATTERN, merges, tokenizer_json
 
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {b"x" * 2**power: 255 + power for power in range(1, 15)}
@@ -405,7 +406,7 @@ def test_an_adapter_for_a_model_of_another_shape_is_refused(
     tensors = {f"{name}.lora_a": torch.ones(2, 31), f"{name}.lora_b": torch.ones(32, 2)}
     adapter = Adapter(tensors, 1.0, 0.0, "base", "", "", size)
     with bounded(), pytest.raises(NopeError, match=message):
-        with_adapter(hub.load(published(tmp_path)), adapter)
+        with_adapter(storage.load(published(tmp_path)), adapter)
 
 
 def test_a_readme_that_stands_for_a_million_patterns_is_refused() -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nope_gpt.errors import MissingError, NetworkError, NopeError
-from nope_gpt.hub import load
-from nope_gpt.locating import INDEX, RANKS, WEIGHTS, is_whole, locate
+from nope_gpt.hub.locating import INDEX, RANKS, WEIGHTS, is_whole, locate
+from nope_gpt.hub.storage import load
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer
 

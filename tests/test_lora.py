@@ -6,9 +6,9 @@ import pytest
 import torch
 from small import small_model
 
-from nope_gpt import lora
+from nope_gpt.adaptation import lora
+from nope_gpt.adaptation.lora import LoRALinear
 from nope_gpt.errors import UsageError
-from nope_gpt.lora import LoRALinear
 from nope_gpt.model import NoPEGPT
 
 TOKENS = torch.arange(30).unsqueeze(0)

@@ -13,11 +13,11 @@ from reference import SETTINGS, forward, write_published
 from safetensors import safe_open
 from small import small_model
 
-from nope_gpt import initialization
-from nope_gpt.cross_entropy import IGNORED
 from nope_gpt.errors import UsageError
+from nope_gpt.hub.published_layout import published_names
 from nope_gpt.model import NoPEGPT
-from nope_gpt.published_layout import published_names
+from nope_gpt.network import initialization
+from nope_gpt.network.cross_entropy import IGNORED
 
 HEADS = {"num_q_heads": 6, "num_kv_heads": 2}
 

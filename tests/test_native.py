@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from reference import forward
 from small import small_model
 
-from nope_gpt import lora, native
-from nope_gpt.caching import KVCache
+from nope_gpt.adaptation import lora
 from nope_gpt.errors import NopeError
+from nope_gpt.hub.published_layout import published_names
 from nope_gpt.model import NoPEGPT
-from nope_gpt.published_layout import published_names
+from nope_gpt.network import native
+from nope_gpt.network.caching import KVCache
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler"
@@ -245,7 +246,8 @@ def test_the_first_answer_does_not_wait_for_the_compiler_and_a_later_one_has_it(
 ) -> None:
     """It compiles on after the process that began it has ended, and appears whole."""
     code = (
-        "import time, torch, sys; from nope_gpt import native; native.WORTHWHILE_PARAMETERS = 0\n"
+        "import time, torch, sys\nfrom nope_gpt.network import native\n"
+        "native.WORTHWHILE_PARAMETERS = 0\n"
         "from nope_gpt.model import NoPEGPT\n"
         "model = NoPEGPT(61, 32, 4, 2, 2, 2).eval(); begun = time.monotonic()\n"
         "reader = model.new_cache(8, compile='auto').reader\n"

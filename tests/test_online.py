@@ -15,7 +15,7 @@ OWNER = "andrewdalpino"
 CODE = """
 import hashlib, json, sys
 import torch
-from nope_gpt.locating import locate
+from nope_gpt.hub.locating import locate
 from nope_gpt.config import ChatConfig
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer, tokenizer_of

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from nope_gpt.artifacts import MANIFEST
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data import planning, reading, units
 from nope_gpt.data.commit import Prepared
@@ -23,6 +22,7 @@ from nope_gpt.data.prepare import prepare
 from nope_gpt.data.schedule import Progress
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import CapacityError, NopeError, UsageError
+from nope_gpt.files.artifacts import MANIFEST
 
 
 @pytest.fixture(autouse=True)

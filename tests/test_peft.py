@@ -10,8 +10,8 @@ import pytest
 import torch
 from small_chats import base_run, dataset_of, questions, tuned
 
-from nope_gpt import hub
-from nope_gpt.locating import locate, newest_checkpoint
+from nope_gpt.hub import storage
+from nope_gpt.hub.locating import locate, newest_checkpoint
 from nope_gpt.model import NoPEGPT
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -31,7 +31,7 @@ def test_peft_computes_what_the_tuned_model_computes(
     changes = {"rank": 4, "alpha": 0.7, "embeddings": embeddings}
     run, _ = tuned(base, chats, tmp_path / "runs", **changes)
     merged = NoPEGPT.from_pretrained(run)
-    saved = hub.load(locate(base))
+    saved = storage.load(locate(base))
     rows = merged.token_embeddings.weight.detach() if embeddings == "none" else torch.zeros(261, 32)
     start = torch.cat([saved.state["token_embeddings.weight"], rows[257:]])
     source = replace(

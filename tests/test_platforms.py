@@ -17,6 +17,7 @@ from small import HELPED, RECIPE, byte_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nope_gpt
+from nope_gpt.chat.tools import Call, carry_out, load_tools
 from nope_gpt.cli.reading import read_text
 from nope_gpt.config import PretrainConfig
 from nope_gpt.device import (
@@ -31,7 +32,6 @@ from nope_gpt.device import (
 )
 from nope_gpt.errors import CapacityError, UsageError
 from nope_gpt.model import NoPEGPT
-from nope_gpt.tools import Call, carry_out, load_tools
 from nope_gpt.training import compilation
 from nope_gpt.training.prefetching import Prefetcher
 from nope_gpt.training.pretraining import pretrain

@@ -11,7 +11,7 @@ from small_chats import dataset_of, preferences, questions, tuned, tuning
 from torch import Tensor
 from torch.nn import functional as F
 
-from nope_gpt import lora
+from nope_gpt.adaptation import lora
 from nope_gpt.errors import UsageError
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.objectives import Preference

@@ -14,11 +14,11 @@ from loopback_hub import LoopbackHub
 from small_chats import dataset_of, questions, tuned
 from test_export import exported, sharp
 
-from nope_gpt import history
 from nope_gpt.config import ExportConfig
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.export import card, exporting
 from nope_gpt.export.exporting import export
+from nope_gpt.hub import history
 from nope_gpt.model import NoPEGPT
 
 Nope = Callable[..., subprocess.CompletedProcess[str]]

@@ -13,9 +13,9 @@ from small import byte_dataset, small_model, small_run
 
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.shards import Dataset
-from nope_gpt.locating import locate
+from nope_gpt.hub.locating import locate
 from nope_gpt.model import NoPEGPT
-from nope_gpt.quantization import quantized
+from nope_gpt.network.quantization import quantized
 
 
 @settings(max_examples=50, deadline=None)

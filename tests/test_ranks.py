@@ -21,7 +21,7 @@ from small import HELPED, byte_dataset, small_run
 from torch.distributed import HashStore
 
 from nope_gpt.device import Ranks
-from nope_gpt.locating import newest_checkpoint
+from nope_gpt.hub.locating import newest_checkpoint
 from nope_gpt.training.watchdog import Watchdog
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun")

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 from small import Recorder, byte_dataset, small_model, small_run
 
-from nope_gpt import hub
 from nope_gpt.data.batches import Batch
 from nope_gpt.errors import CapacityError, NopeError, UsageError
-from nope_gpt.locating import checkpoints_in, newest_checkpoint
+from nope_gpt.hub import storage
+from nope_gpt.hub.locating import checkpoints_in, newest_checkpoint
 from nope_gpt.training import checkpoints, guards, runs
 from nope_gpt.training.checkpoints import Progress, Saver, Snapshot
 from nope_gpt.training.guards import Verdict, judge
@@ -87,7 +87,7 @@ def saver(path: Path, keep: int = 2) -> Saver:
     model = small_model()
 
     def write_model(place: Path, snapshot: Snapshot) -> None:
-        hub.save(place, model.saved(snapshot.model))
+        storage.save(place, model.saved(snapshot.model))
 
     return Saver(path, write_model, keep=keep, keep_every=None, written=lambda _: None)
 
@@ -110,7 +110,7 @@ def watch_disk(visit: Callable[[], None]) -> None:
         around(os, name)
     for name in ("write_tensors", "write_json"):
         around(checkpoints, name)
-        around(hub, name)
+        around(storage, name)
 
 
 def in_child(body: Callable[[], None]) -> int:

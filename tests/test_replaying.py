@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import small_model
 
-from nope_gpt.caching import BLOCK
 from nope_gpt.errors import NopeError
-from nope_gpt.replaying import ReplayingReader, Step
-from nope_gpt.sharpening import Growth
+from nope_gpt.network.caching import BLOCK
+from nope_gpt.network.replaying import ReplayingReader, Step
+from nope_gpt.network.sharpening import Growth
 
 
 @settings(max_examples=40, deadline=None)

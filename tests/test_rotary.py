@@ -17,13 +17,13 @@ from small import (
     small_run,
 )
 
-from nope_gpt import hub
 from nope_gpt.config import PretrainConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import NopeError, UsageError
+from nope_gpt.hub import storage
 from nope_gpt.model import NoPEGPT
-from nope_gpt.rotary import turned
+from nope_gpt.network.rotary import turned
 
 HEADS = {name: SHAPE[name] for name in ("num_q_heads", "num_kv_heads")}
 
@@ -98,7 +98,7 @@ def test_losses_are_those_of_turned_queries_up_to_the_step_and_then_no_longer(
         Dataset.open(dataset), tokens_per_sample=16, batch_size=4, micro_batches_per_step=2, seed=0
     )
     for step in (1, 2, 3, 4, 5):
-        model = NoPEGPT.from_saved(hub.load(checkpoint(tmp_path / "run", step), rotary=True))
+        model = NoPEGPT.from_saved(storage.load(checkpoint(tmp_path / "run", step), rotary=True))
         parts = batches.micro_batches(step, 0, 1)
         sums = {}
         with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_model_that_still_has_its_positions_is_refused_and_told_what_to_do(
     small_run(dataset, tmp_path, rotary_until=0.5)
     place = checkpoint(tmp_path, 3)
     with pytest.raises(NopeError, match="still turns queries and keys by their position") as told:
-        hub.load(place)
+        storage.load(place)
     assert told.value.hint == "go on with its run: nope pretrain --resume"
     for command in (["generate", "the"], ["export", "--output", "out"], ["eval", "--text", "-"]):
         done = nope(*command, "--model", str(place))

@@ -21,24 +21,26 @@ from small_chats import dataset_of, questions, tuned, tuning
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from nope_gpt import adapters, hub, initialization
-from nope_gpt.batching import Request, answers
-from nope_gpt.beams import beam_search
-from nope_gpt.blocks import NORM_EPSILON
+from nope_gpt.adaptation import adapters
 from nope_gpt.config import ExportConfig, PretrainConfig, SamplingConfig
-from nope_gpt.cross_entropy import IGNORED
 from nope_gpt.data.batches import Batch, TextBatches
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.evaluation.lengths import windowed_losses
 from nope_gpt.evaluation.network import OwnNetwork
 from nope_gpt.export.exporting import export
-from nope_gpt.export.gguf_readers import GgufReader
-from nope_gpt.history import logged
+from nope_gpt.export.gguf_reader import GgufReader
+from nope_gpt.generation.batching import Request, answers
+from nope_gpt.generation.beams import beam_search
+from nope_gpt.generation.streaming import TextStream
+from nope_gpt.hub import storage
+from nope_gpt.hub.history import logged
+from nope_gpt.hub.published_layout import TIED
 from nope_gpt.model import NoPEGPT
-from nope_gpt.published_layout import TIED
-from nope_gpt.recall import Recall, before_each
-from nope_gpt.streaming import TextStream
+from nope_gpt.network import initialization
+from nope_gpt.network.blocks import NORM_EPSILON
+from nope_gpt.network.cross_entropy import IGNORED
+from nope_gpt.network.recall import Recall, before_each
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.schedules import sample_length
 
@@ -133,7 +135,7 @@ def test_its_weight_falls_evenly_from_the_first_step_to_the_end(
     )
     for step in (1, 3, 5):
         place = checkpoint(tmp_path / "run", step)
-        model = NoPEGPT.from_saved(hub.load(place)).train()
+        model = NoPEGPT.from_saved(storage.load(place)).train()
         model.recall = Recall(32)
         model.recall.weight.data = load_file(place / "recall.safetensors")["recall.weight"]
         for batch in batches.micro_batches(step, 0, 1):
@@ -360,9 +362,9 @@ def test_a_tuned_model_has_the_control_token_for_an_anchor(tmp_path: Path) -> No
     assert not torch.equal(rows[names.im_end_index], rows[256])
     run, _ = tuned(base, chats, tmp_path / "runs")
     assert NoPEGPT.from_pretrained(run).first_token is None
-    folded = adapters.folded(hub.load(base), base, [adapters.place_of(str(run))])
+    folded = adapters.folded(storage.load(base), base, [adapters.place_of(str(run))])
     assert folded.first_token is None
-    assert hub.load(base).first_token == 256
+    assert storage.load(base).first_token == 256
 
 
 @pytest.mark.parametrize("format", ["hub", "transformers", "llama", "gguf"])

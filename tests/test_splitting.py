@@ -13,9 +13,9 @@ from conftest import CORPUS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nope_gpt.encodings import clean
-from nope_gpt.splitting import BLANKS, MARK, Splitter, blank_runs
 from nope_gpt.tokenization import BaseTokenizer, resolve
+from nope_gpt.tokenization.encodings import clean
+from nope_gpt.tokenization.splitting import BLANKS, MARK, Splitter, blank_runs
 
 FRAGMENTS = [
     *(" ", "  ", "   ", "    ", "\n", "\n\n", "\n\n\n", "\t", "\r\n", "\x0b", "\x1c", "\x1f"),

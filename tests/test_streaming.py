@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from small import small_model
 from test_chat import TOKENIZER, speaker
 
-from nope_gpt.caching import KVCache
 from nope_gpt.config import SamplingConfig
 from nope_gpt.errors import CapacityError, NopeError, UsageError
+from nope_gpt.generation.streaming import StopText, TextStream, generate_text
 from nope_gpt.model import NoPEGPT
-from nope_gpt.streaming import StopText, TextStream, generate_text
+from nope_gpt.network.caching import KVCache
 from nope_gpt.tokenization import BaseTokenizer
 
 BYTES = BaseTokenizer.of_bytes()

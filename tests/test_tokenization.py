@@ -18,7 +18,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nope_gpt.config import CONTROL_TOKENS, ENCODINGS
-from nope_gpt.encodings import END_OF_TEXT, keep_downloads
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.memory import Message
 from nope_gpt.tokenization import (
@@ -28,6 +27,7 @@ from nope_gpt.tokenization import (
     resolve,
     tokenizer_of,
 )
+from nope_gpt.tokenization.encodings import END_OF_TEXT, keep_downloads
 
 ranks = pytest.mark.ranks
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_export import SPECIAL
 
+from nope_gpt.chat.tools import Call, calls_in, carry_out, load_tools, schema_of, told
 from nope_gpt.errors import MissingError, UsageError
 from nope_gpt.export.chat_template import jinja
-from nope_gpt.tools import Call, calls_in, carry_out, load_tools, schema_of, told
 
 FAULTY = '''
 import os

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 from small import RECIPE, byte_dataset, small_run
 
-from nope_gpt.artifacts import FORMAT_VERSION, MANIFEST, publish, read_manifest, verify
 from nope_gpt.config import PretrainConfig
+from nope_gpt.config.knobs import resolve
 from nope_gpt.config.training import LEARNING_RATES
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import MissingError, NopeError, UsageError
-from nope_gpt.knobs import resolve
-from nope_gpt.locating import newest_checkpoint
+from nope_gpt.files.artifacts import FORMAT_VERSION, MANIFEST, publish, read_manifest, verify
+from nope_gpt.hub.locating import newest_checkpoint
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.checkpoints import prune
 from nope_gpt.training.loop import Trainer

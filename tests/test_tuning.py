@@ -29,12 +29,12 @@ from small_chats import (
     written,
 )
 
-from nope_gpt import adapters, lora
+from nope_gpt.adaptation import adapters, lora
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data.prepare import prepare
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.locating import newest_checkpoint
+from nope_gpt.hub.locating import newest_checkpoint
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import ChatTokenizer
 from nope_gpt.training.objectives import CrossEntropy

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from nope_gpt.amounts import format_bytes, format_seconds
 from nope_gpt.cli.datasets import counted
 from nope_gpt.cli.tables import text
 from nope_gpt.sizing.report import Section
-from nope_gpt.sizing.units import format_bytes, format_seconds
 
 Facts = dict[str, Any]
 

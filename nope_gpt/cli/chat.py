@@ -16,8 +16,8 @@ from nope_gpt.errors import NopeError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nope_gpt.chat import ChatSession
-    from nope_gpt.tools import Tool
+    from nope_gpt.chat.session import ChatSession
+    from nope_gpt.chat.tools import Tool
 
 
 @configured(ChatConfig, JSON)
@@ -37,9 +37,9 @@ def command(config: ChatConfig, json: bool) -> None:
     """
     import torch
 
+    from nope_gpt.chat.tools import load_tools
     from nope_gpt.cli.loading import find_model
     from nope_gpt.device import draw_seed, resolve_device
-    from nope_gpt.tools import load_tools
 
     # What cannot be is refused now, and not when the model is there.
     tools = load_tools(config.tools)
@@ -76,7 +76,7 @@ def opened(
     Raises:
         NopeError: It cannot be loaded.
     """
-    from nope_gpt.chat import session_of
+    from nope_gpt.chat.session import session_of
     from nope_gpt.cli.loading import find_model, load_model, plan_context
     from nope_gpt.tokenization import ChatTokenizer
 
@@ -103,9 +103,9 @@ def piped_messages() -> Iterator[str]:
 
 def answer_lines(session: ChatSession, as_json: bool) -> None:
     """Answer every message from standard input on a line of its own, or as an object."""
-    from nope_gpt.chat import NOT_ALLOWED, rounds
+    from nope_gpt.chat.session import NOT_ALLOWED, rounds
+    from nope_gpt.chat.tools import Call, carry_out
     from nope_gpt.cli.writing import write_stream
-    from nope_gpt.tools import Call, carry_out
 
     def result_of(call: Call) -> str:
         allowed = session.config.yes_tools or call.fault

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from nope_gpt.amounts import format_bytes
 from nope_gpt.cli.terminal import result
-from nope_gpt.sizing.units import format_bytes
 
 if TYPE_CHECKING:
     from nope_gpt.data.encoding import EncodedDocument

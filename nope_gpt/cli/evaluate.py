@@ -178,7 +178,7 @@ def write_calibration(
 ) -> None:
     """Search scales of attention, and keep those that help."""
     from nope_gpt.evaluation.calibration import calibrate_model
-    from nope_gpt.sharpening import as_setting
+    from nope_gpt.network.sharpening import as_setting
 
     with counting() as started:
         choices = calibrate_model(model, directory, tokens, trained_length, config, started)

@@ -29,7 +29,7 @@ def command(config: ExportConfig, json: bool) -> None:
     """
     from nope_gpt.export.card import can_draw
     from nope_gpt.export.exporting import export
-    from nope_gpt.locating import HISTORY
+    from nope_gpt.hub.locating import HISTORY
 
     if config.model:
         say(f"loading {config.model}")

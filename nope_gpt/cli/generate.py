@@ -126,7 +126,7 @@ def write_one(
 ) -> None:
     """Stream one continuation."""
     from nope_gpt.cli.writing import write_stream
-    from nope_gpt.streaming import TextStream
+    from nope_gpt.generation.streaming import TextStream
 
     stream = TextStream(
         model, tokenizer, tokens, config, log_probabilities=config.log_probabilities
@@ -156,8 +156,8 @@ def write_samples(
     as_json: bool,
 ) -> None:
     """Print several continuations of one prompt, side by side in a batch."""
-    from nope_gpt.batching import Request, answers
     from nope_gpt.cli.loading import seed_for
+    from nope_gpt.generation.batching import Request, answers
 
     requests = [Request(tokens, seed_for(config, 0, i)) for i in range(config.num_samples)]
     samples: list[dict[str, Any]] = []
@@ -180,7 +180,7 @@ def write_beams(
     as_json: bool,
 ) -> None:
     """Print the likeliest continuation that beams can find."""
-    from nope_gpt.beams import beam_search
+    from nope_gpt.generation.beams import beam_search
 
     found = beam_search(
         model,

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 
-from nope_gpt import adapters, hub, reach
+from nope_gpt.adaptation import adapters, reach
 from nope_gpt.cli.terminal import say, waiting
 from nope_gpt.config import GenerateConfig, ModelChoice, WritingConfig
 from nope_gpt.device import draw_seed, resolve_device, resolve_precision, seed_of
 from nope_gpt.errors import UsageError
-from nope_gpt.hub import Tell
-from nope_gpt.locating import locate
+from nope_gpt.hub import storage
+from nope_gpt.hub.locating import locate
+from nope_gpt.hub.storage import Tell
 from nope_gpt.model import NoPEGPT
-from nope_gpt.sharpening import NONE
+from nope_gpt.network.sharpening import NONE
 from nope_gpt.tokenization import BaseTokenizer, tokenizer_of
 
 
@@ -77,7 +78,7 @@ def load_model(
     """
     device = resolve_device(config.device)
     chosen = [adapters.place_of(name) for name in config.adapter]
-    saved = adapters.folded(hub.load(directory, tell), directory, chosen)
+    saved = adapters.folded(storage.load(directory, tell), directory, chosen)
     model = in_dtype(NoPEGPT.from_saved(saved), config.dtype, device).to(device)
     return model, tokenizer_of(BaseTokenizer.load(directory), model.vocabulary_size)
 

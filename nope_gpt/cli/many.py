@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nope_gpt.artifacts import writing
-from nope_gpt.batching import Request, answers
+from nope_gpt.amounts import format_seconds
 from nope_gpt.cli.loading import open_model, plan_context, seed_for
 from nope_gpt.cli.reading import read_text
 from nope_gpt.cli.terminal import Pace, progress_bar, result, say, talk
 from nope_gpt.config import GenerateConfig
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.json_files import ESCAPED, parse_json
-from nope_gpt.sizing.units import format_seconds
+from nope_gpt.files.artifacts import writing
+from nope_gpt.files.json_files import ESCAPED, parse_json
+from nope_gpt.generation.batching import Request, answers
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 GENERATED = {"text", "new_tokens", "reason", "samples"}

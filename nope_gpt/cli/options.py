@@ -15,8 +15,16 @@ import typer
 
 from nope_gpt.cli.terminal import fail, say_of_ranks
 from nope_gpt.config import IMPLIED, PRESETS
+from nope_gpt.config.knobs import (
+    TEXTS,
+    Knobs,
+    flag_of,
+    kind_of,
+    known_fields,
+    read_settings,
+    resolve,
+)
 from nope_gpt.errors import Interrupted, NopeError, UsageError
-from nope_gpt.knobs import TEXTS, Knobs, flag_of, kind_of, known_fields, read_settings, resolve
 
 C = TypeVar("C", bound=Knobs)
 

@@ -7,9 +7,9 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nope_gpt.artifacts import writing
 from nope_gpt.config import SizeConfig
 from nope_gpt.errors import UsageError
+from nope_gpt.files.artifacts import writing
 from nope_gpt.sizing.arithmetic import Parts, count_parameters, forward_flops
 
 if TYPE_CHECKING:

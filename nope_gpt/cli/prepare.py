@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
+from nope_gpt.amounts import format_bytes, format_seconds
 from nope_gpt.cli.datasets import report, show_samples
 from nope_gpt.cli.options import JSON, argument, configured, option
 from nope_gpt.cli.terminal import (
@@ -17,7 +18,6 @@ from nope_gpt.cli.terminal import (
     talk,
 )
 from nope_gpt.config import PrepareConfig
-from nope_gpt.sizing.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from nope_gpt.data.commit import Prepared

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nope_gpt.amounts import format_bytes, format_count, format_seconds
 from nope_gpt.cli.launching import GPUS, launch
 from nope_gpt.cli.options import JSON, RESUME, configured, option
 from nope_gpt.cli.terminal import result, result_of_ranks
 from nope_gpt.config import PretrainConfig, SizeConfig
-from nope_gpt.sizing.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from nope_gpt.training.planning import DryRun

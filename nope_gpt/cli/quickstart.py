@@ -9,6 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from nope_gpt.amounts import format_seconds
 from nope_gpt.cli.options import configured
 from nope_gpt.cli.terminal import result, say
 from nope_gpt.config import (
@@ -21,9 +22,8 @@ from nope_gpt.config import (
     QuickstartConfig,
     TuneConfig,
 )
+from nope_gpt.config.knobs import Knobs, as_words, differences
 from nope_gpt.errors import UsageError
-from nope_gpt.knobs import Knobs, as_words, differences
-from nope_gpt.sizing.units import format_seconds
 
 ENCODING = "bpe:4096"
 QUESTION = "What does textwrap.dedent do?"
@@ -151,7 +151,7 @@ def ask(base: Path, config: QuickstartConfig) -> None:
     """A sample of the base model's prose, and what it makes of the question."""
     from nope_gpt.cli.loading import open_model
     from nope_gpt.cli.writing import write_stream
-    from nope_gpt.streaming import TextStream
+    from nope_gpt.generation.streaming import TextStream
 
     settings = GenerateConfig(model=str(base), max_tokens=80, temperature=0.6, seed=config.seed)
     model, tokenizer = open_model(settings, "generate")
@@ -167,7 +167,7 @@ def ask(base: Path, config: QuickstartConfig) -> None:
 
 def answer(exported: Path, config: QuickstartConfig) -> None:
     """What the assistant answers."""
-    from nope_gpt.chat import ChatSession
+    from nope_gpt.chat.session import ChatSession
     from nope_gpt.cli.loading import open_model
     from nope_gpt.cli.writing import write_stream
 

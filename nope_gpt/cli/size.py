@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from nope_gpt.amounts import format_bytes, parse_memory
 from nope_gpt.cli.options import JSON, configured, option
 from nope_gpt.cli.tables import markdown, text
 from nope_gpt.cli.terminal import result
@@ -23,7 +24,6 @@ from nope_gpt.sizing.report import (
     workload_in_words,
 )
 from nope_gpt.sizing.time import Machine
-from nope_gpt.sizing.units import format_bytes, parse_memory
 
 FORMAT = option("format", str, "text, or markdown.", default="text", metavar="[text|markdown]")
 
@@ -103,10 +103,10 @@ def command(
 
 def shaped_as_model(config: SizeConfig, model: str) -> SizeConfig:
     """The config with the shape of a model that is there."""
-    from nope_gpt import hub
-    from nope_gpt.locating import locate
+    from nope_gpt.hub import storage
+    from nope_gpt.hub.locating import locate
 
-    shape = hub.load(locate(model)).config
+    shape = storage.load(locate(model)).config
     return replace(
         config, **{field.name: getattr(shape, field.name) for field in fields(ModelConfig)}
     )

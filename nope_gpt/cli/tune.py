@@ -53,8 +53,8 @@ def command(config: TuneConfig, resume: bool | Path, gpus: int | None, json: boo
 
 def source_of(config: TuneConfig) -> str | None:
     """What --dataset names, if that is to be prepared: a file, or a data set of the Hub."""
-    from nope_gpt.artifacts import MANIFEST
     from nope_gpt.data.catalog import known_collection
+    from nope_gpt.files.artifacts import MANIFEST
 
     name = config.dataset
     if name is None or (Path(config.dataset_path).expanduser() / name / MANIFEST).is_file():
@@ -72,7 +72,7 @@ def prepared(source: str, config: TuneConfig) -> str:
     from nope_gpt.data import prepare as data
     from nope_gpt.data.catalog import known_collection
     from nope_gpt.data.documents import TEXT
-    from nope_gpt.locating import locate
+    from nope_gpt.hub.locating import locate
 
     if config.model is None:
         raise UsageError("there is no base model to tune", hint="nope tune --model runs/pretrain")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.progress import Progress, TaskID
 
+from nope_gpt.amounts import format_bytes, format_seconds
 from nope_gpt.cli.terminal import Pace, progress_bar, say, talk
-from nope_gpt.sizing.units import format_bytes, format_seconds
 from nope_gpt.training.reporting import EvaluationReport, Listener, Plan, StepReport
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.style import Style
 
 from nope_gpt.cli.terminal import harmless
-from nope_gpt.streaming import Piece
+from nope_gpt.generation.streaming import Piece
 
 COLOR_SYSTEMS = {
     "standard": ColorSystem.STANDARD,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from nope_gpt.config.knobs import knob, like
 from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import DATA, EVALUATION
 from nope_gpt.config.training import TrainingConfig
 from nope_gpt.errors import UsageError
-from nope_gpt.knobs import knob, like
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

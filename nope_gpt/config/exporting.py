@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from nope_gpt.config.knobs import Knobs, knob, like
 from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import MODEL, RUN
 from nope_gpt.errors import UsageError
-from nope_gpt.knobs import Knobs, knob, like
 
 FORMATS = ("hub", "transformers", "llama", "gguf")
 """What `nope export` writes."""

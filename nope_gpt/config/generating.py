@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import math
 
+from nope_gpt.config.knobs import Knobs, knob, like
 from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import MODEL, RUN, SAMPLING
 from nope_gpt.config.training import TrainingConfig
 from nope_gpt.errors import UsageError
-from nope_gpt.knobs import Knobs, knob, like
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

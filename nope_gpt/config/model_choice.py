@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from nope_gpt.config.knobs import Knobs, knob
 from nope_gpt.config.panels import MODEL, RUN
-from nope_gpt.knobs import Knobs, knob
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from nope_gpt.config.knobs import Knobs, knob
 from nope_gpt.config.panels import CONVERSATIONS, DATA, HUB, RUN
-from nope_gpt.knobs import Knobs, knob
 
 ENCODINGS = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 """Those of tiktoken."""

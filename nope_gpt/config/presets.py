@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from nope_gpt.config.knobs import Knobs
 from nope_gpt.config.pretraining import PretrainConfig
 from nope_gpt.config.tuning import EXTENSION, TuneConfig
-from nope_gpt.knobs import Knobs
 
 SHAPE_TINY: dict[str, Any] = {
     "embedding_dimensions": 128,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from nope_gpt.config.knobs import knob
 from nope_gpt.config.panels import DATA, EVALUATION, MODEL, OPTIMIZATION
 from nope_gpt.config.preparing import ENCODINGS
 from nope_gpt.config.shape import ModelShape
 from nope_gpt.config.training import TrainingConfig
 from nope_gpt.errors import UsageError
-from nope_gpt.knobs import knob
 
 LENGTH_GROWTH = 0.8
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from nope_gpt.config.knobs import Knobs, knob, like
 from nope_gpt.config.panels import OPTIMIZATION, RUN
 from nope_gpt.config.training import TrainingConfig
-from nope_gpt.knobs import Knobs, knob, like
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from nope_gpt.config.knobs import Knobs, knob
 from nope_gpt.config.panels import MODEL
 from nope_gpt.errors import UsageError
-from nope_gpt.knobs import Knobs, knob
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

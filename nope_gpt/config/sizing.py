@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from nope_gpt.config.generating import GenerateConfig
+from nope_gpt.config.knobs import knob, like
 from nope_gpt.config.panels import MODEL, OPTIMIZATION, PLANNING, RANKS, RUN
 from nope_gpt.config.pretraining import PretrainConfig
 from nope_gpt.config.shape import ModelConfig
 from nope_gpt.config.training import DEFAULT_SHARDING
 from nope_gpt.config.tuning import TuneConfig
-from nope_gpt.knobs import knob, like
 
 COMPUTE_OPTIMAL_RATIO = 20.0
 """Tokens for each parameter that buy the lowest loss for their compute (Hoffmann et al.,

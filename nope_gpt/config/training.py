@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
+from nope_gpt.config.knobs import Knobs, WithoutEffect, knob, like
 from nope_gpt.config.model_choice import ModelChoice
 from nope_gpt.config.panels import DATA, EVALUATION, OPTIMIZATION, RANKS, RUN
-from nope_gpt.knobs import Knobs, WithoutEffect, knob, like
 
 LEARNING_RATES = {"muon": 2e-2, "adamw": 1e-3, "adafactor": 1e-2}
 

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from nope_gpt.config.knobs import WithoutEffect, knob, like
 from nope_gpt.config.panels import DATA, EVALUATION, LORA, MODEL, OPTIMIZATION
 from nope_gpt.config.preparing import PrepareConfig
 from nope_gpt.config.training import LEARNING_RATES, SHOWN_RATES, TrainingConfig
-from nope_gpt.knobs import WithoutEffect, knob, like
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
 """What tuning adds to a vocabulary, in this order."""

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nope_gpt.cross_entropy import IGNORED
 from nope_gpt.data.encoding import Tokens
 from nope_gpt.data.ordering import shuffled
 from nope_gpt.data.shards import Dataset, TokenStream
 from nope_gpt.errors import NopeError
+from nope_gpt.network.cross_entropy import IGNORED
 
 T = TypeVar("T")
 

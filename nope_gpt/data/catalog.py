@@ -20,7 +20,7 @@ from nope_gpt.data.downloads import Remote
 from nope_gpt.data.reading import SUFFIXES
 from nope_gpt.data.sources import named_share
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError, first_line
-from nope_gpt.remote import contacting
+from nope_gpt.hub.remote import contacting
 
 OFFLINE = "try again with a network, or give local files"
 README = "README.md"

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nope_gpt.cross_entropy import IGNORED
 from nope_gpt.data.batches import Batch, batch_of, groups_of, share_of
 from nope_gpt.data.encoding import EncodedDocument, cut, is_trained
 from nope_gpt.data.mixture import mixture
 from nope_gpt.data.ordering import shuffled
 from nope_gpt.data.shards import Dataset, Shard
 from nope_gpt.errors import NopeError
+from nope_gpt.network.cross_entropy import IGNORED
 
 Sample = tuple[EncodedDocument, ...]
 """A conversation, or the better and the worse one of a pair."""

@@ -8,15 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt import tokenization
-from nope_gpt.artifacts import (
-    FORMAT_VERSION,
-    MANIFEST,
-    describe,
-    replace_directory,
-    sync,
-    write_json,
-    writing,
-)
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data.deduplication import repeated
 from nope_gpt.data.documents import CONTENTS, TEXT
@@ -28,6 +19,15 @@ from nope_gpt.data.shards import Dataset
 from nope_gpt.data.staging import Json, Staging
 from nope_gpt.data.units import HOLDOUT_RULE, Unit, documents_file
 from nope_gpt.errors import MissingError, NopeError
+from nope_gpt.files.artifacts import (
+    FORMAT_VERSION,
+    MANIFEST,
+    describe,
+    replace_directory,
+    sync,
+    write_json,
+    writing,
+)
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from nope_gpt.artifacts import write_json
 from nope_gpt.data import units
 from nope_gpt.data.documents import Document, Refused, Schema, document_of
 from nope_gpt.data.downloads import Downloads
@@ -24,6 +23,7 @@ from nope_gpt.data.schedule import Group
 from nope_gpt.data.sources import File, Source
 from nope_gpt.data.staging import Staging, read
 from nope_gpt.errors import UsageError
+from nope_gpt.files.artifacts import write_json
 
 
 class Corpus:

@@ -21,9 +21,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nope_gpt.artifacts import sync, writing
 from nope_gpt.errors import NetworkError
-from nope_gpt.remote import contacting
+from nope_gpt.files.artifacts import sync, writing
+from nope_gpt.hub.remote import contacting
 
 ATTEMPTS = 8
 """In a row that brought nothing, before giving up."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nope_gpt.artifacts import MANIFEST, is_leftover
 from nope_gpt.data.documents import CHAT, PREFERENCE, TEXT
 from nope_gpt.data.shards import Dataset
 from nope_gpt.data.staging import SUFFIX
 from nope_gpt.errors import MissingError, UsageError
+from nope_gpt.files.artifacts import MANIFEST, is_leftover
 
 FINEWEB = ("sample-10BT", "r50k_base")
 """The subset and the encoding that `nope pretrain` takes if it is prepared."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nope_gpt.artifacts import write_file, writing
 from nope_gpt.data import catalog, python_docs
 from nope_gpt.data.documents import MESSAGES, Schema
 from nope_gpt.data.downloads import Remote
@@ -25,6 +24,7 @@ from nope_gpt.data.reading import (
 )
 from nope_gpt.data.sources import STANDARD_INPUT, File, Share, Source, stamp_of
 from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.files.artifacts import write_file, writing
 
 PYTHON_DOCS = "python-docs"
 

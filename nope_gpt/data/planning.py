@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt import tokenization
-from nope_gpt.artifacts import FORMAT_VERSION, is_leftover, nearest_directory, plain
+from nope_gpt.amounts import format_bytes
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data import catalog, units
 from nope_gpt.data.documents import TEXT
@@ -23,7 +23,7 @@ from nope_gpt.data.schedule import FILES_AHEAD, Group
 from nope_gpt.data.sources import STANDARD_INPUT, Source
 from nope_gpt.data.staging import SUFFIX, Part
 from nope_gpt.errors import CapacityError, UsageError
-from nope_gpt.sizing.units import format_bytes
+from nope_gpt.files.artifacts import FORMAT_VERSION, is_leftover, nearest_directory, plain
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 UNPACKED = 1.64

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt import tokenization
-from nope_gpt.artifacts import MANIFEST, is_kind, writing
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data.commit import Prepared, commit
 from nope_gpt.data.corpus import Corpus
@@ -36,6 +35,7 @@ from nope_gpt.data.sources import STANDARD_INPUT
 from nope_gpt.data.staging import SUFFIX, Staging
 from nope_gpt.data.units import Recipe, tokenizer_in
 from nope_gpt.errors import Interrupted, NopeError, UsageError
+from nope_gpt.files.artifacts import MANIFEST, is_kind, writing
 from nope_gpt.signals import StopRequest, exit_code_of
 
 TRAINING_TEXT = 64 * 1000 * 1000

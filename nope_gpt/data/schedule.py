@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from nope_gpt.artifacts import sync, writing
 from nope_gpt.data.reading import Span
 from nope_gpt.data.sources import File, Source, refuse_changed
 from nope_gpt.data.staging import Staging
@@ -44,6 +43,7 @@ from nope_gpt.data.units import (
     stream_files,
 )
 from nope_gpt.errors import CapacityError
+from nope_gpt.files.artifacts import sync, writing
 
 FILES_AHEAD = 3
 """Groups of files that are fetched before they are needed."""

@@ -26,9 +26,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nope_gpt.artifacts import sync, write_json, writing
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.json_files import DAMAGE, read_json
+from nope_gpt.files.artifacts import sync, write_json, writing
+from nope_gpt.files.json_files import DAMAGE, read_json
 
 SUFFIX = ".partial"
 POLL_SECONDS = 0.2

@@ -18,15 +18,15 @@ from typing import Any
 
 from torch import Tensor
 
-from nope_gpt import hub
+from nope_gpt.adaptation.reach import sharpened
 from nope_gpt.config import EvaluateConfig
 from nope_gpt.errors import UsageError
 from nope_gpt.evaluation.lengths import Estimate, windowed_losses
 from nope_gpt.evaluation.network import OwnNetwork
 from nope_gpt.evaluation.report import Plan
+from nope_gpt.hub import storage
 from nope_gpt.model import NoPEGPT
-from nope_gpt.reach import sharpened
-from nope_gpt.sharpening import NONE, Sharpening
+from nope_gpt.network.sharpening import NONE, Sharpening
 
 SCALES = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.65, 1.8)
 GROWTHS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
@@ -113,7 +113,7 @@ def calibrate_model(
     lengths = [length for length in plan.lengths if length > trained_length]
     if not lengths:
         raise UsageError("there is no longer context to calibrate for", hint="--lengths 2,4")
-    hub.refuse_to_change(directory)
+    storage.refuse_to_change(directory)
     if model.trained_context_length not in (None, trained_length):
         raise UsageError(
             f"this model was trained on {model.trained_context_length:,} tokens of context, and "
@@ -126,7 +126,7 @@ def calibrate_model(
     found = {choice.length: choice.best for choice in choices if choice.helps}
     if found or model.sharpenings:
         off = {choice.length: NONE for choice in choices if not choice.helps}
-        hub.write_sharpenings(directory, model.sharpenings | off | found, trained_length)
+        storage.write_sharpenings(directory, model.sharpenings | off | found, trained_length)
     return choices
 
 

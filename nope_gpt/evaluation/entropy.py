@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nope_gpt.attention import by_group
 from nope_gpt.model import NoPEGPT
+from nope_gpt.network.attention import by_group
 
 
 @torch.inference_mode()

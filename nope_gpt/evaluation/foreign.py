@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nope_gpt.config import EvaluateConfig
-from nope_gpt.cross_entropy import IGNORED
 from nope_gpt.device import resolve_device, resolve_precision
 from nope_gpt.errors import NopeError, UsageError, first_line
 from nope_gpt.evaluation.network import beginning_with
-from nope_gpt.sharpening import NONE, Sharpening
+from nope_gpt.network.cross_entropy import IGNORED
+from nope_gpt.network.sharpening import NONE, Sharpening
 
 
 class ForeignNetwork:

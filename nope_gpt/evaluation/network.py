@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nope_gpt.adaptation.reach import sharpened
 from nope_gpt.model import NoPEGPT
-from nope_gpt.reach import sharpened
-from nope_gpt.sharpening import Sharpening, for_context
+from nope_gpt.network.sharpening import Sharpening, for_context
 
 
 class Network(Protocol):

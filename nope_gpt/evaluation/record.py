@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nope_gpt import hub
-from nope_gpt.artifacts import write_file, write_json
 from nope_gpt.errors import NopeError
 from nope_gpt.evaluation.report import Evaluation
-from nope_gpt.history import STATE
-from nope_gpt.json_files import DAMAGE, read_json
-from nope_gpt.locating import RUN, step_of
+from nope_gpt.files.artifacts import write_file, write_json
+from nope_gpt.files.json_files import DAMAGE, read_json
+from nope_gpt.hub import storage
+from nope_gpt.hub.history import STATE
+from nope_gpt.hub.locating import RUN, step_of
 
 RECORD = "evaluation.json"
 PICTURE = "evaluation.png"
@@ -30,7 +30,7 @@ def place_for(model: str, directory: Path) -> Path:
     path = Path(model).expanduser()
     if (path / RUN).is_file() and not (path / STATE).is_file():
         return path
-    hub.refuse_to_change(directory)
+    storage.refuse_to_change(directory)
     return directory
 
 
@@ -43,7 +43,7 @@ def keep(place: Path, directory: Path, found: Evaluation, picture: bytes | None)
         found: What was measured.
         picture: Of it, as a PNG.
     """
-    write_json(place / RECORD, {"weights_sha256": hub.digest(directory), **found.as_dict()})
+    write_json(place / RECORD, {"weights_sha256": storage.digest(directory), **found.as_dict()})
     if picture is not None:
         write_file(place / PICTURE, picture)
     if place == directory:
@@ -81,7 +81,7 @@ def kept(model: str, directory: Path) -> tuple[dict[str, Any], bytes | None] | N
         return None
     try:
         found = read_json(place / RECORD)
-        fits = found["weights_sha256"] == hub.digest(directory)
+        fits = found["weights_sha256"] == storage.digest(directory)
         for each in found["lengths"]:
             for name in ("length", "multiple", "perplexity", "perplexity_ratio", "bits_per_byte"):
                 each[name] = float(each[name])

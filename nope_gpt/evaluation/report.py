@@ -25,7 +25,7 @@ from nope_gpt.evaluation.lengths import (
 )
 from nope_gpt.evaluation.network import Network, OwnNetwork, Vocabulary
 from nope_gpt.evaluation.passkey import Found, found_by_depth, probe
-from nope_gpt.sharpening import NONE, Sharpening, as_setting
+from nope_gpt.network.sharpening import NONE, Sharpening, as_setting
 
 ENTROPY_POINTS = 24
 """Positions at which attention is looked at, spread by their logarithm."""

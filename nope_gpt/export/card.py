@@ -12,7 +12,7 @@ from typing import Any
 from nope_gpt.evaluation import record
 from nope_gpt.export.parity import Report
 from nope_gpt.export.source import Source
-from nope_gpt.history import Stage
+from nope_gpt.hub.history import Stage
 
 PICTURE = "loss.png"
 

@@ -10,8 +10,17 @@ from typing import Any
 
 import torch
 
-from nope_gpt import __version__, hub
-from nope_gpt.artifacts import (
+from nope_gpt import __version__
+from nope_gpt.config import ExportConfig
+from nope_gpt.errors import NetworkError, NopeError, UsageError, first_line
+from nope_gpt.evaluation import record
+from nope_gpt.export import card, gguf_files, hub_files, parity, transformers_files
+from nope_gpt.export.gguf_reader import GgufReader
+from nope_gpt.export.llama_cpp import LlamaCppReader
+from nope_gpt.export.parity import Report
+from nope_gpt.export.readers import OwnReader, Reader, TransformersReader
+from nope_gpt.export.source import Source, open_source
+from nope_gpt.files.artifacts import (
     PARITY,
     describe,
     publish,
@@ -20,18 +29,11 @@ from nope_gpt.artifacts import (
     write_file,
     write_json,
 )
-from nope_gpt.config import ExportConfig
-from nope_gpt.errors import NetworkError, NopeError, UsageError, first_line
-from nope_gpt.evaluation import record
-from nope_gpt.export import card, gguf_files, hub_files, parity, transformers_files
-from nope_gpt.export.gguf_readers import GgufReader, LlamaCppReader
-from nope_gpt.export.parity import Report
-from nope_gpt.export.readers import OwnReader, Reader, TransformersReader
-from nope_gpt.export.source import Source, open_source
-from nope_gpt.json_files import DAMAGE, read_json
-from nope_gpt.locating import HISTORY
-from nope_gpt.sharpening import as_setting
-from nope_gpt.transformers_layout import ARCEE, LLAMA
+from nope_gpt.files.json_files import DAMAGE, read_json
+from nope_gpt.hub import storage
+from nope_gpt.hub.locating import HISTORY
+from nope_gpt.hub.transformers_layout import ARCEE, LLAMA
+from nope_gpt.network.sharpening import as_setting
 
 CARD = "README.md"
 
@@ -105,7 +107,7 @@ def refuse_impossible(source: Source, config: ExportConfig) -> None:
     """
     if config.push_to_hub:
         for name in config.formats:
-            hub.refuse_name(repository_of(name, config))
+            storage.refuse_name(repository_of(name, config))
     shape = source.saved.config
     if shape.head_dimensions % 2 and config.formats != ["hub"]:
         raise UsageError(
@@ -283,7 +285,7 @@ def upload(item: Export, config: ExportConfig, tell: Tell) -> Export:
     tell(f"uploading {item.path} to {repo_id}")
     try:
         record = read_json(item.path / PARITY)
-        url = hub.upload(
+        url = storage.upload(
             item.path,
             repo_id,
             private=config.private or None,

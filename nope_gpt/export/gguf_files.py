@@ -8,10 +8,6 @@ more: its router's softmax over one expert is 1. `--dense` writes a gated MLP wh
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import subprocess
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +16,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nope_gpt.artifacts import write_file, writing
-from nope_gpt.blocks import NORM_EPSILON
-from nope_gpt.byte_pairs import merges, spelled, splits_of
 from nope_gpt.config import ExportConfig, ModelConfig
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.export.chat_template import GO, jinja
+from nope_gpt.export.llama_cpp import QUANTIZER, find_quantizer, quantizations, quantize
 from nope_gpt.export.source import Source
-from nope_gpt.hub import SavedModel
-from nope_gpt.transformers_layout import FACTOR
+from nope_gpt.files.artifacts import write_file, writing
+from nope_gpt.hub.storage import SavedModel
+from nope_gpt.hub.transformers_layout import FACTOR
+from nope_gpt.network.blocks import NORM_EPSILON
+from nope_gpt.tokenization.byte_pairs import merges, spelled, splits_of
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
 INSTALL = "pip install 'nope-gpt[gguf]'"
-QUANTIZER = "pip install llama-cpp-python, or put llama.cpp's llama-quantize on the PATH"
 
 OWN_QUANTIZATIONS = ("q8_0",)
 """Written here; others are left to llama.cpp."""
@@ -86,14 +82,6 @@ def refuse_impossible(config: ExportConfig, source: Source) -> None:
             raise UsageError(f"--quantize is {name}, and must be of {', '.join(known)}")
         if name not in OWN_QUANTIZATIONS and find_quantizer() is None:
             raise NopeError(f"--quantize {name} needs llama.cpp's own quantizer", hint=QUANTIZER)
-
-
-def quantizations() -> list[str]:
-    """What llama.cpp's quantizer makes of a model by itself, in small letters."""
-    from gguf import LlamaFileType
-
-    names = (kind.name.removeprefix("MOSTLY_").lower() for kind in LlamaFileType)
-    return sorted(name for name in names if name.startswith(("q2", "q3", "q4", "q5", "q6")))
 
 
 def write(directory: Path, source: Source, config: ExportConfig) -> list[tuple[Path, str]]:
@@ -241,55 +229,6 @@ def add(writer: GGUFWriter, name: str, tensor: Tensor, kind: GGMLQuantizationTyp
         writer.add_tensor(name, content)
     else:
         writer.add_tensor(name, quantized(content, kind), raw_dtype=kind)
-
-
-Quantizer = Callable[[Path, Path, str], None]
-
-
-def find_quantizer() -> Quantizer | None:
-    """llama.cpp's quantizer: its library's, or its program's."""
-    if importlib.util.find_spec("llama_cpp") is not None:
-        return quantize_by_library
-    program = shutil.which("llama-quantize")
-    return None if program is None else partial(quantize_by_program, program)
-
-
-def quantize(source: Path, path: Path, name: str) -> None:
-    """Have llama.cpp write a file again with a quantization.
-
-    Raises:
-        NopeError: It failed.
-    """
-    quantizer = find_quantizer()
-    assert quantizer is not None
-    quantizer(source, path, name)
-    if not path.is_file():
-        raise NopeError(f"llama.cpp could not quantize to {name}", where=str(path))
-
-
-def quantize_by_library(source: Path, path: Path, name: str) -> None:
-    """By llama-cpp-python."""
-    import llama_cpp
-    from gguf import LlamaFileType
-
-    from nope_gpt.export.gguf_readers import quiet
-
-    quiet()
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = int(LlamaFileType[f"MOSTLY_{name.upper()}"])
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), settings):
-        raise NopeError(f"llama.cpp could not quantize to {name}", where=str(path))
-
-
-def quantize_by_program(program: str, source: Path, path: Path, name: str) -> None:
-    """By llama-quantize."""
-    done = subprocess.run(  # noqa: S603
-        [program, str(source), str(path), name.upper()], capture_output=True, check=False
-    )
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        reason = (lines or ["no reason given"])[-1]
-        raise NopeError(f"llama-quantize failed: {reason}", where=str(path))
 
 
 def modelfile(name: str, source: Source) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nope_gpt import hub
 from nope_gpt.export.source import Source
+from nope_gpt.hub import storage
 
 LARGEST_FILE = 5_000_000_000
 """Bytes of a file of weights, as on the Hub."""
@@ -13,5 +13,5 @@ LARGEST_FILE = 5_000_000_000
 
 def write(directory: Path, source: Source) -> None:
     """Write the model and its tokenizer."""
-    hub.save(directory, source.saved, LARGEST_FILE)
+    storage.save(directory, source.saved, LARGEST_FILE)
     source.tokenizer.save(directory)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nope_gpt import hub, published_layout
+from nope_gpt.amounts import format_bytes
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.hub import SavedModel
-from nope_gpt.json_files import DAMAGE
-from nope_gpt.sizing.units import format_bytes
+from nope_gpt.files.json_files import DAMAGE
+from nope_gpt.hub import published_layout, storage
+from nope_gpt.hub.storage import SavedModel
 from nope_gpt.tokenization import BaseTokenizer
 
 ADAPTED = re.compile(r"(.+)\.parametrizations\.weight\.(original|0\.lora_a|0\.lora_b)$")
@@ -57,7 +57,7 @@ def read_checkpoint(path: Path) -> tuple[SavedModel, BaseTokenizer]:
     except (*DAMAGE, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise NopeError(f"this checkpoint is damaged ({reason})", where=where) from None
-    return hub.assemble(settings, state, where), BaseTokenizer.from_tiktoken(name)
+    return storage.assemble(settings, state, where), BaseTokenizer.from_tiktoken(name)
 
 
 def refuse_larger(tensors: dict[str, Tensor], size: int) -> None:

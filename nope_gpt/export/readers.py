@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nope_gpt import __version__, hub
+from nope_gpt import __version__
 from nope_gpt.export.source import in_float32
+from nope_gpt.hub import storage
 from nope_gpt.memory import Message
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
@@ -71,7 +72,7 @@ class OwnReader:
     @classmethod
     def of(cls, directory: Path) -> OwnReader:
         """Read a directory."""
-        model = in_float32(hub.load(directory))
+        model = in_float32(storage.load(directory))
         tokenizer = tokenizer_of(BaseTokenizer.load(directory), model.vocabulary_size)
         return cls(model, tokenizer)
 

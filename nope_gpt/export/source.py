@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
-from nope_gpt import adapters, hub
+from nope_gpt.adaptation import adapters
 from nope_gpt.config import UNKNOWN_CONTEXT, ExportConfig
 from nope_gpt.errors import UsageError
 from nope_gpt.evaluation import record
 from nope_gpt.export.legacy import read_checkpoint
-from nope_gpt.history import Stage, stages_of
-from nope_gpt.hub import SavedModel
-from nope_gpt.locating import locate
+from nope_gpt.hub import storage
+from nope_gpt.hub.history import Stage, stages_of
+from nope_gpt.hub.locating import locate
+from nope_gpt.hub.published_layout import TIED
+from nope_gpt.hub.storage import SavedModel
 from nope_gpt.model import NoPEGPT
-from nope_gpt.published_layout import TIED
-from nope_gpt.sharpening import NONE, Sharpening, for_context, scaled_heads
+from nope_gpt.network.sharpening import NONE, Sharpening, for_context, scaled_heads
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, tokenizer_of
 
 
@@ -165,14 +166,14 @@ def open_source(config: ExportConfig) -> Source:
     else:
         directory = locate(config.model)
         chosen = [adapters.place_of(name) for name in config.adapter]
-        saved = adapters.folded(hub.load(directory), directory, chosen)
+        saved = adapters.folded(storage.load(directory), directory, chosen)
         tokenizer, history = (
             BaseTokenizer.load(directory),
             stages_of(chosen[-1] if chosen else directory),
         )
         name = path.resolve().name if path.is_dir() else path.name
         evaluation = None if chosen else record.kept(config.model, directory)
-    hub.refuse_infinite(saved.state, config.model)
+    storage.refuse_infinite(saved.state, config.model)
     found = for_context(saved.sharpenings, saved.trained_context_length, config.context_length or 0)
     saved = with_scale(saved, found.scale)
     if found.scale != 1.0:
@@ -180,7 +181,7 @@ def open_source(config: ExportConfig) -> Source:
     exact = saved
     if config.dtype != "auto":
         saved = cast(saved, getattr(torch, config.dtype))
-        hub.refuse_infinite(saved.state, f"{config.model} in {config.dtype}")
+        storage.refuse_infinite(saved.state, f"{config.model} in {config.dtype}")
     return Source(
         name=name,
         saved=saved,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nope_gpt import hub, transformers_layout
-from nope_gpt.artifacts import write_file, write_json
-from nope_gpt.byte_pairs import tokenizer_json
 from nope_gpt.config import ChatConfig, GenerateConfig
-from nope_gpt.encodings import END_OF_TEXT
 from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.hub_files import LARGEST_FILE
 from nope_gpt.export.source import Source
-from nope_gpt.locating import CONFIG, TOKENIZER
+from nope_gpt.files.artifacts import write_file, write_json
+from nope_gpt.hub import storage, transformers_layout
+from nope_gpt.hub.locating import CONFIG, TOKENIZER
+from nope_gpt.tokenization.byte_pairs import tokenizer_json
+from nope_gpt.tokenization.encodings import END_OF_TEXT
 
 TEMPLATE = "chat_template.jinja"
 
@@ -36,7 +36,7 @@ def write(directory: Path, source: Source, layout: str) -> None:
         pad=source.tokenizer.pad_token,
     )
     tensors = transformers_layout.to_layout(source.saved.state, layout, config.num_decoder_layers)
-    hub.write_weights(directory, tensors, {"format": "pt"}, LARGEST_FILE)
+    storage.write_weights(directory, tensors, {"format": "pt"}, LARGEST_FILE)
     write_json(directory / CONFIG, settings)
     write_json(directory / "generation_config.json", generation_settings(source))
     write_tokenizer(directory, source)

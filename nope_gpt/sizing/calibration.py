@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nope_gpt.json_files import DAMAGE, read_json
-from nope_gpt.places import cache_directory
+from nope_gpt.files.json_files import DAMAGE, read_json
+from nope_gpt.files.places import cache_directory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import math
 import shlex
 from collections.abc import Iterator
 
+from nope_gpt.amounts import format_bytes
 from nope_gpt.config import (
     LOSS_CHUNK,
     MODEL,
@@ -26,13 +27,12 @@ from nope_gpt.config import (
     TuneConfig,
     Workload,
 )
+from nope_gpt.config.knobs import as_words, differences, flag_of
 from nope_gpt.errors import CapacityError, UsageError
-from nope_gpt.knobs import as_words, differences, flag_of
 from nope_gpt.sizing.arithmetic import compute_optimal_tokens, count_parameters
 from nope_gpt.sizing.memory import snapshot, training_memory, usable_memory
 from nope_gpt.sizing.moments import MemoryPlan
 from nope_gpt.sizing.time import Machine
-from nope_gpt.sizing.units import format_bytes
 
 HEAD = 64
 """Dimensions of a head, as in the published models."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from nope_gpt.amounts import format_bytes, format_count, format_seconds
 from nope_gpt.config import SizeConfig
 from nope_gpt.sizing.arithmetic import (
     compute_optimal_tokens,
@@ -16,7 +17,6 @@ from nope_gpt.sizing.holdings import FLOAT32, MATMUL_BYTES
 from nope_gpt.sizing.memory import inference_memory, snapshot, training_memory
 from nope_gpt.sizing.plans import Plan
 from nope_gpt.sizing.time import Machine
-from nope_gpt.sizing.units import format_bytes, format_count, format_seconds
 
 ADVICE = {
     "dimensions per layer": ("32 to 128", 32, 128),

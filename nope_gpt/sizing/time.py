@@ -6,10 +6,10 @@ import dataclasses
 
 from nope_gpt.config import SizeConfig, Workload
 from nope_gpt.errors import UsageError
-from nope_gpt.hardware import GPUS, known_gpu
 from nope_gpt.sizing import calibration
 from nope_gpt.sizing.arithmetic import training_flops_per_token
 from nope_gpt.sizing.calibration import Calibration
+from nope_gpt.sizing.hardware import GPUS, known_gpu
 
 RECOMPUTED = 1 / 3
 """Of the operations, that a recomputed block adds: its forward pass a second time."""

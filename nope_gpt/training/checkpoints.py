@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nope_gpt import hub
-from nope_gpt.artifacts import (
+from nope_gpt.errors import MissingError, NopeError
+from nope_gpt.files.artifacts import (
     FORMAT_VERSION,
     publish,
     read_manifest,
@@ -25,10 +25,10 @@ from nope_gpt.artifacts import (
     write_json,
     write_tensors,
 )
-from nope_gpt.errors import MissingError, NopeError
-from nope_gpt.history import STATE
-from nope_gpt.json_files import DAMAGE, check, read_json
-from nope_gpt.locating import Tell, checkpoints_in, newest_checkpoint, step_of, untold
+from nope_gpt.files.json_files import DAMAGE, check, read_json
+from nope_gpt.hub import storage
+from nope_gpt.hub.history import STATE
+from nope_gpt.hub.locating import Tell, checkpoints_in, newest_checkpoint, step_of, untold
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -230,4 +230,4 @@ def read_tensors(path: Path) -> Tensors:
     """
     if not path.is_file():
         raise MissingError("this checkpoint cannot be resumed from", where=str(path))
-    return dict(hub.read_tensors(path))
+    return dict(storage.read_tensors(path))

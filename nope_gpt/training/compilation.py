@@ -9,10 +9,10 @@ import sys
 import torch
 
 from nope_gpt.config import TrainingConfig
-from nope_gpt.cross_entropy import num_columns, to_gradient
 from nope_gpt.device import autocast
 from nope_gpt.errors import UsageError, first_line
 from nope_gpt.model import NoPEGPT
+from nope_gpt.network.cross_entropy import num_columns, to_gradient
 
 WORTHWHILE_FLOPS = 1e14
 """Of a run on a CPU: some minutes of work, next to some seconds of compiling."""

@@ -14,7 +14,7 @@ from nope_gpt.config import SamplingConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.chats import ChatBatches
 from nope_gpt.device import seed_of
-from nope_gpt.sampling import Draws
+from nope_gpt.generation.sampling import Draws
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 PROMPT_TOKENS = 16

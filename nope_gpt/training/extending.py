@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nope_gpt import hub
-from nope_gpt.artifacts import write_tensors
+from nope_gpt.adaptation.reach import sharpened
 from nope_gpt.config import EXTENSION_INTERVAL, TuneConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.finding import find_dataset
@@ -26,10 +25,11 @@ from nope_gpt.data.shards import Dataset
 from nope_gpt.device import autocast, resolve_precision
 from nope_gpt.errors import UsageError
 from nope_gpt.evaluation.calibration import SCALES
-from nope_gpt.locating import locate
+from nope_gpt.files.artifacts import write_tensors
+from nope_gpt.hub import storage
+from nope_gpt.hub.locating import locate
 from nope_gpt.model import NoPEGPT
-from nope_gpt.reach import sharpened
-from nope_gpt.sharpening import Sharpening, scaled_heads
+from nope_gpt.network.sharpening import Sharpening, scaled_heads
 from nope_gpt.tokenization import BaseTokenizer, tokenizer_of
 from nope_gpt.training.checkpoints import read_tensors
 from nope_gpt.training.execution import execute
@@ -141,7 +141,7 @@ class Extension(OnABase):
                 "there is no model to extend", hint="nope tune --extend 2x --model runs/pretrain"
             )
         base = locate(config.model)
-        saved = hub.load(base)
+        saved = storage.load(base)
         trained = saved.trained_context_length
         if trained is None:
             raise UsageError(
@@ -224,7 +224,7 @@ class Extension(OnABase):
         state = folded(self.saved.state, scales)
         length = self.batches.tokens_per_sample
         longer = replace(self.saved, state=state, trained_context_length=length, sharpenings={})
-        hub.save(directory, longer)
+        storage.save(directory, longer)
         self.tokenizer.save(directory)
         write_tensors(directory / SCALES_FILE, scales)
 

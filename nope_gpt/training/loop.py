@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nope_gpt import hub
-from nope_gpt.artifacts import write_json
 from nope_gpt.config import TrainingConfig
 from nope_gpt.data.batches import Batch, Batches
 from nope_gpt.device import autocast, memory_in_use, seed_of
 from nope_gpt.errors import Interrupted, NopeError
-from nope_gpt.locating import RUN
+from nope_gpt.files.artifacts import write_json
+from nope_gpt.hub import storage
+from nope_gpt.hub.locating import RUN
 from nope_gpt.model import NoPEGPT
 from nope_gpt.signals import StopRequest, exit_code_of
 from nope_gpt.training import checkpoints, distribution, state
@@ -338,7 +338,7 @@ class Trainer(Learner):
         """Write the model's files into a checkpoint, and what made it."""
         self.job.write_model(directory, snapshot.model)
         if snapshot.progress.rotary:
-            hub.mark_rotary(directory)
+            storage.mark_rotary(directory)
         write_json(directory / RUN, self.run.record)
 
     def report(

@@ -19,20 +19,20 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nope_gpt import lora
-from nope_gpt.artifacts import write_json, writing
+from nope_gpt.adaptation import lora
+from nope_gpt.amounts import format_bytes
 from nope_gpt.config import ModelConfig, PretrainConfig, Workload
 from nope_gpt.data.batches import Batch
 from nope_gpt.device import Ranks
 from nope_gpt.errors import CapacityError
+from nope_gpt.files.artifacts import write_json, writing
 from nope_gpt.model import NoPEGPT
-from nope_gpt.recall import Recall
+from nope_gpt.network.recall import Recall
 from nope_gpt.sizing import calibration
 from nope_gpt.sizing.arithmetic import training_flops_per_token
 from nope_gpt.sizing.calibration import Calibration
 from nope_gpt.sizing.holdings import NEW_ROWS
 from nope_gpt.sizing.memory import training_memory
-from nope_gpt.sizing.units import format_bytes
 from nope_gpt.training import compilation
 from nope_gpt.training.distribution import synchronizing
 from nope_gpt.training.learner import Learner

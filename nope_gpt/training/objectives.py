@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nope_gpt import lora
-from nope_gpt.cross_entropy import IGNORED
+from nope_gpt.adaptation import lora
 from nope_gpt.data.batches import Batch
 from nope_gpt.device import autocast
 from nope_gpt.model import NoPEGPT
-from nope_gpt.recall import before_each
+from nope_gpt.network.cross_entropy import IGNORED
+from nope_gpt.network.recall import before_each
 from nope_gpt.training.reporting import CROSS_ENTROPY
 
 
@@ -81,7 +81,7 @@ class CrossEntropy:
 
 
 class Recalling(CrossEntropy):
-    """That of the next token, and beside it that of the token before; see `recall.py`.
+    """That of the next token, and beside it that of the token before; see `network/recall.py`.
 
     Args:
         weight: Of the second one at the beginning; it falls evenly to nothing at the end.

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from nope_gpt.amounts import format_bytes
 from nope_gpt.config import ModelConfig, TrainingConfig, TuneConfig, Workload
 from nope_gpt.device import memory_of, resolve_precision
 from nope_gpt.errors import CapacityError
 from nope_gpt.sizing.memory import snapshot, training_memory, usable_memory
-from nope_gpt.sizing.units import format_bytes
 from nope_gpt.training.runs import Launch
 
 C = TypeVar("C", bound=TrainingConfig)

@@ -8,15 +8,16 @@ from typing import Any, Self
 
 import torch
 
-from nope_gpt import hub, initialization
-from nope_gpt.artifacts import write_tensors
 from nope_gpt.config import ModelConfig, ModelShape, PretrainConfig, SizeConfig
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
 from nope_gpt.device import Ranks, peak_flops, resolve_device, resolve_precision
+from nope_gpt.files.artifacts import write_tensors
+from nope_gpt.hub import storage
 from nope_gpt.model import NoPEGPT
-from nope_gpt.recall import Recall
+from nope_gpt.network import initialization
+from nope_gpt.network.recall import Recall
 from nope_gpt.sizing.arithmetic import count_parameters, training_flops_per_token
 from nope_gpt.sizing.memory import training_memory
 from nope_gpt.tokenization import BaseTokenizer
@@ -176,14 +177,14 @@ class Pretraining:
         precision = resolve_precision(config.precision, device)
 
         def write_model(directory: Path, weights: dict[str, torch.Tensor]) -> None:
-            hub.save(directory, model.saved(weights))
+            storage.save(directory, model.saved(weights))
             self.tokenizer.save(directory)
             if model.recall:
                 own = {name: x for name, x in weights.items() if name.startswith("recall.")}
                 write_tensors(directory / RECALL, own)
 
         def read_model(checkpoint: Path) -> dict[str, torch.Tensor]:
-            weights = hub.load(checkpoint, rotary=True).state
+            weights = storage.load(checkpoint, rotary=True).state
             return weights | read_tensors(checkpoint / RECALL) if model.recall else weights
 
         return Job(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nope_gpt.artifacts import write_file, writing
-from nope_gpt.history import METRICS, logged
+from nope_gpt.files.artifacts import write_file, writing
+from nope_gpt.hub.history import METRICS, logged
 
 CROSS_ENTROPY = "Cross Entropy"
 """The name of the usual loss, as the published dashboards have it."""

@@ -10,8 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from nope_gpt import adapters, hub, lora
-from nope_gpt.adapters import Adapter
+from nope_gpt.adaptation import adapters, lora
+from nope_gpt.adaptation.adapters import Adapter
 from nope_gpt.config import TuneConfig
 from nope_gpt.data.batches import Batches
 from nope_gpt.data.chats import ChatBatches
@@ -20,11 +20,12 @@ from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
 from nope_gpt.device import resolve_precision
 from nope_gpt.errors import UsageError
-from nope_gpt.history import stages_of
-from nope_gpt.hub import SavedModel
-from nope_gpt.locating import locate
+from nope_gpt.hub import storage
+from nope_gpt.hub.history import stages_of
+from nope_gpt.hub.locating import locate
+from nope_gpt.hub.published_layout import TIED
+from nope_gpt.hub.storage import SavedModel
 from nope_gpt.model import NoPEGPT
-from nope_gpt.published_layout import TIED
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 from nope_gpt.training.continuing import Sampler
 from nope_gpt.training.distribution import shared
@@ -91,7 +92,7 @@ class OnABase:
     @cached_property
     def base_sha256(self) -> str:
         """Of the weights of the base."""
-        return hub.digest(self.base)
+        return storage.digest(self.base)
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -239,14 +240,14 @@ class Tuning(OnABase):
 
     def write_whole(self, directory: Path, weights: dict[str, Tensor]) -> None:
         """Write a model that was trained in all its weights into a checkpoint."""
-        hub.save(directory, replace(self.saved, state=weights))
+        storage.save(directory, replace(self.saved, state=weights))
         self.tokenizer.save(directory)
 
     def write_adapted(self, directory: Path, weights: dict[str, Tensor]) -> None:
         """Write the base with its adapter folded in, and the adapter beside it."""
         config = self.config
         state = lora.merged(self.saved.state, weights, config.alpha)
-        hub.save(directory, replace(self.saved, state=state))
+        storage.save(directory, replace(self.saved, state=state))
         self.tokenizer.save(directory)
         adapter = Adapter(
             tensors=weights,
@@ -254,7 +255,7 @@ class Tuning(OnABase):
             dropout=config.dropout,
             base=str(config.model),
             base_sha256=self.base_sha256,
-            makes_sha256=hub.digest(directory),
+            makes_sha256=storage.digest(directory),
             vocabulary_size=self.saved.config.vocabulary_size,
         )
         adapters.save(directory, adapter)
@@ -262,7 +263,7 @@ class Tuning(OnABase):
 
 def read_whole(checkpoint: Path) -> dict[str, Tensor]:
     """All weights of a checkpoint."""
-    return hub.load(checkpoint).state
+    return storage.load(checkpoint).state
 
 
 def read_adapter(checkpoint: Path) -> dict[str, Tensor]:
@@ -320,7 +321,7 @@ def saved_with_room(base: Path, tokenizer: ChatTokenizer, config: TuneConfig) ->
     Raises:
         UsageError: Its vocabulary is not its tokenizer's.
     """
-    found = hub.load(base)
+    found = storage.load(base)
     saved = replace(found, first_token=None, sharpenings={})
     if saved.config.vocabulary_size == tokenizer.encoding.n_vocab:
         assert config.seed is not None

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nope_gpt import knobs, transcripts
-from nope_gpt.artifacts import write_file
+from nope_gpt.chat import transcripts
 from nope_gpt.cli.terminal import say
-from nope_gpt.config import ChatConfig
+from nope_gpt.config import ChatConfig, knobs
 from nope_gpt.errors import UsageError
+from nope_gpt.files.artifacts import write_file
 
 if TYPE_CHECKING:
-    from nope_gpt.chat import Window
+    from nope_gpt.chat.session import Window
     from nope_gpt.cli.repl.conversation import Conversation
 
 BAR = 40

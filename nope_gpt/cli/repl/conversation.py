@@ -9,16 +9,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any, Self
 
-from nope_gpt.chat import LONGEST_CHAIN, NOT_ALLOWED, ChatSession, rounds
+from nope_gpt.chat.session import LONGEST_CHAIN, NOT_ALLOWED, ChatSession, rounds
+from nope_gpt.chat.tools import Call, carry_out
 from nope_gpt.cli.repl import commands
 from nope_gpt.cli.repl.display import show
 from nope_gpt.cli.repl.keyboard import Keyboard
 from nope_gpt.cli.terminal import say, waiting
 from nope_gpt.config import ChatConfig
 from nope_gpt.errors import NopeError
+from nope_gpt.generation.streaming import Piece
 from nope_gpt.memory import Message
-from nope_gpt.streaming import Piece
-from nope_gpt.tools import Call, carry_out
 
 BAR = 24
 """Cells of the bar while the model is loaded."""

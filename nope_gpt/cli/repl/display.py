@@ -15,7 +15,7 @@ from rich.text import Text
 
 from nope_gpt.cli.terminal import harmless
 from nope_gpt.cli.writing import write_stream
-from nope_gpt.streaming import Piece
+from nope_gpt.generation.streaming import Piece
 
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
 

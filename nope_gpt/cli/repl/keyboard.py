@@ -19,7 +19,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from nope_gpt.cli.terminal import say
-from nope_gpt.places import state_directory
+from nope_gpt.files.places import state_directory
 
 FENCE = '"""'
 

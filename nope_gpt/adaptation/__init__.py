@@ -1,0 +1,1 @@
+"""Changing a model that was trained: low-rank adapters, longer contexts."""

@@ -1,0 +1,398 @@
+"""Directories that appear whole or not at all, and know what they hold.
+
+Data sets and checkpoints are directories with a `manifest.json` that names their
+kind, their format version and the size and sha256 of every file. They are written
+beside their final place and renamed into it, so a reader never meets half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from safetensors import SafetensorError
+
+from nope_gpt.amounts import format_bytes
+from nope_gpt.errors import CapacityError, MissingError, NopeError, UsageError
+from nope_gpt.files.json_files import DAMAGE, check, read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+MANIFEST = "manifest.json"
+PARITY = "parity.json"
+FORMAT_VERSION = 1
+
+Manifest = dict[str, Any]
+
+DESCRIPTION = {"size": int, "sha256": str}
+"""What a manifest says of a file."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into an error that says what to do.
+
+    Raises:
+        CapacityError: The disk or a quota is full.
+        NopeError: The place cannot be written for another reason.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"(?:code: |os error )(\d+)", str(error))
+        if code is None:
+            raise
+        with writing(path):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CapacityError(
+                f"the disk is full: {error.strerror}",
+                where=str(path),
+                hint="free some space, or choose another place",
+            ) from error
+        hints = {errno.ENAMETOOLONG: "choose a shorter name", errno.ENOENT: "it was removed"}
+        raise NopeError(
+            f"cannot write here: {error.strerror or error}",
+            where=str(path),
+            hint=hints.get(error.errno or 0, "choose a directory that you may write to"),
+        ) from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file in one step, so that it is never seen half-written."""
+    temporary = beside(path, "tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as a safetensors file, which others may read as they may any other file."""
+    from safetensors.torch import save_file
+
+    ordinary = beside(path, "tmp")
+    with writing(path):
+        save_file(tensors, path, metadata=metadata)
+        ordinary.touch()
+        path.chmod(ordinary.stat().st_mode)
+        ordinary.unlink()
+
+
+class ArrayFile:
+    """A .npy file that is being written.
+
+    Attributes:
+        name: Of the file.
+        size: Bytes so far.
+        digest: The sha256 so far.
+    """
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self.name = name
+        self.file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Append numbers of the declared type."""
+        if array.size:
+            self.append(array.data.cast("B"))
+
+    def append(self, content: bytes | memoryview) -> None:
+        """Append bytes."""
+        self.file.write(content)
+        self.digest.update(content)
+        self.size += len(content)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a manifest says of the file."""
+        return {"size": self.size, "sha256": self.digest.hexdigest()}
+
+
+@contextmanager
+def array_file(path: Path, dtype: np.dtype[Any], length: int) -> Iterator[ArrayFile]:
+    """Write a .npy file of a known length piece by piece; it appears when it is whole.
+
+    Unlike `numpy.save` it tells a full disk as such.
+    """
+    from numpy.lib import format as npy
+
+    header = io.BytesIO()
+    shape = {"descr": dtype.str, "fortran_order": False, "shape": (int(length),)}
+    npy.write_array_header_1_0(header, shape)
+    temporary = beside(path, "tmp")
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                result = ArrayFile(path.name, file)
+                result.append(header.getvalue())
+                yield result
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON in one step."""
+    write_file(path, in_json(value))
+
+
+def in_json(value: Any) -> bytes:
+    """A value as JSON for people, the same on every system."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def publish(
+    path: Path, *, manifest: Manifest | None = None, overwrite: bool = False
+) -> Iterator[Path]:
+    """Give a directory to fill, then put it in its place whole.
+
+    Every file is flushed to the disk before the rename, and the parent after it, so
+    that a loss of power leaves no half of one. Replacing is two renames: the old directory
+    is set aside as NAME.old-TOKEN before the new one takes its place.
+
+    Args:
+        path: The directory to make.
+        manifest: What to write as manifest.json beside the list of files; the caller
+            may complete it while filling the directory. None writes no manifest.
+        overwrite: Replace a directory that is already there.
+
+    Raises:
+        UsageError: The directory exists and may not be replaced, or holds something else.
+        CapacityError: The disk is full.
+        NopeError: The place cannot be written.
+    """
+    refuse_existing(path, overwrite=overwrite)
+    place = path.absolute()  # `.` has no name of its own.
+    temporary = beside(place, "tmp")
+    with writing(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            files = sorted(file for file in temporary.iterdir())
+            if manifest is not None:
+                listing = {file.name: describe(file) for file in files}
+                files.append(temporary / MANIFEST)
+                files[-1].write_bytes(in_json(manifest | {"files": listing}))
+            for file in files:
+                sync(file)
+            sync(temporary)
+            replace_directory(temporary, place)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync(place.parent)
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Refuse a place that has something that may not be replaced.
+
+    Raises:
+        UsageError: The directory exists and may not be replaced, or holds something else.
+    """
+    if path.exists() and not overwrite:
+        raise UsageError(
+            "this already exists",
+            where=str(path),
+            hint="choose another name, or add --overwrite to replace it",
+        )
+    if path.is_dir() and not path.is_symlink() and not is_artifact(path):
+        raise UsageError(
+            "this directory holds something else, and is not replaced",
+            where=str(path),
+            hint="choose another place",
+        )
+
+
+def refuse_small_disk(directory: Path, size: int, what: str, flag: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        directory: To write in.
+        size: Bytes that it takes.
+        what: It is.
+        flag: That chooses another place.
+
+    Raises:
+        CapacityError: With both figures.
+    """
+    free = shutil.disk_usage(nearest_directory(directory)).free
+    if size > free:
+        raise CapacityError(
+            f"{what} takes {format_bytes(size)}, and the disk has {format_bytes(free)} left",
+            where=str(directory),
+            hint=f"free some space, or choose another {flag}",
+        )
+
+
+def nearest_directory(path: Path) -> Path:
+    """The directory itself, or the first one above it that is there."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.is_dir())
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Rename a directory into place, setting aside and then removing what was there.
+
+    If another process takes the place first, its directory stays there and this one fails.
+    """
+    old = beside(path, "old")
+    try:
+        if path.exists():
+            with suppress(FileNotFoundError):  # Another process has just set it aside.
+                path.replace(old)
+        new.replace(path)
+    finally:
+        if not path.exists() and old.exists():
+            with suppress(OSError):  # Unless another process has just taken the place.
+                old.replace(path)
+        if old.is_symlink() or old.is_file():
+            old.unlink()
+        elif old.is_dir():
+            # Windows and NFS keep what another process reads.
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a directory is empty or gone, or one that this program writes whole."""
+    try:
+        names = {file.name for file in path.iterdir()}
+    except FileNotFoundError:  # Another process has just set it aside.
+        return True
+    is_model = {"config.json", "model.safetensors"} <= names
+    return not names or bool(names & {MANIFEST, PARITY}) or is_model
+
+
+def is_kind(path: Path, kind: str) -> bool:
+    """Whether a directory has a manifest that says it is of a kind, whole or damaged."""
+    try:
+        return bool(read_json(path / MANIFEST)["kind"] == kind)
+    except DAMAGE:
+        return False
+
+
+def beside(path: Path, kind: str) -> Path:
+    """A name beside a place that no other process has, on this machine or another."""
+    return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def plain(name: str) -> str:
+    """A name as a part of a directory's name, on every system."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a killed program left this beside the place it was to have."""
+    return re.search(r"\.(tmp|old)-[0-9a-f]+$", path.name) is not None
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a directory.
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The size in bytes and the sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def read_manifest(path: Path, kind: str) -> Manifest:
+    """Read the manifest of a directory and check that it is what it should be.
+
+    Args:
+        path: The directory.
+        kind: What it must be: "dataset" or "checkpoint".
+
+    Raises:
+        MissingError: There is no manifest: nothing there, or something unfinished.
+        NopeError: The manifest is damaged, of another kind or of a newer format, or a
+            file it names is missing or of another size.
+    """
+    file = path / MANIFEST
+    if path.is_file():
+        raise UsageError(f"this is a file, not the directory of a {kind}", where=str(path))
+    try:
+        manifest = read_json(file)
+        check(manifest, {"kind": str, "files": {...: DESCRIPTION}})
+        found, version = manifest["kind"], manifest["format_version"]
+        sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        raise MissingError(f"this is not a {kind}: it has no {MANIFEST}", where=str(path)) from None
+    except DAMAGE as error:
+        raise NopeError(
+            f"the manifest is damaged ({type(error).__name__}: {error})", where=str(file)
+        ) from None
+    if found != kind:
+        raise UsageError(
+            f"this is a {found}, not a {kind}",
+            where=str(path),
+            hint=f"see what it is: nope inspect {path}",
+        )
+    if version != FORMAT_VERSION:
+        raise NopeError(
+            f"this {kind} has format {version}, and this program reads format {FORMAT_VERSION}",
+            where=str(path),
+            hint="pip install --upgrade nope-gpt",
+        )
+    for name, size in sizes.items():
+        part = path / Path(name).name
+        actual = None
+        with suppress(OSError):  # Another process may be replacing the directory.
+            actual = part.stat().st_size if part.is_file() else None
+        if actual != size:
+            seen = "is missing" if actual is None else f"has {actual:,} bytes instead of {size:,}"
+            raise NopeError(f"this {kind} is damaged: {name} {seen}", where=str(path))
+    return dict(manifest)
+
+
+def verify(path: Path, manifest: Manifest) -> None:
+    """Compare every file with its sha256.
+
+    Raises:
+        NopeError: A file is not what was written; names it.
+    """
+    for name, entry in manifest["files"].items():
+        file = path / Path(name).name
+        try:
+            found = describe(file)["sha256"]
+        except OSError as error:
+            raise NopeError(f"cannot be read: {error.strerror}", where=str(file)) from None
+        if found != entry["sha256"]:
+            raise NopeError(
+                f"this {manifest['kind']} is damaged: {name} is not what was written",
+                where=str(path),
+            )

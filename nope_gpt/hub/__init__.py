@@ -1,0 +1,1 @@
+"""Models on disk and on the Hub: found, loaded, saved, told apart."""

@@ -1,0 +1,81 @@
+"""The Hugging Face Hub as far as it can fail: its refusals become our errors."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nope_gpt.errors import MissingError, NetworkError
+from nope_gpt.files.artifacts import writing
+
+
+@contextmanager
+def contacting(kind: str, repo_id: str, hint: str) -> Iterator[None]:
+    """Turn what the Hub or the network refuses into an error that says what to do.
+
+    Args:
+        kind: "model" or "data set".
+        repo_id: Its id.
+        hint: What to do without a network.
+
+    Raises:
+        MissingError: There is no such repository, or it asks for a login.
+        NetworkError: The Hub cannot be reached.
+        CapacityError: The disk of the library's cache is full.
+        NopeError: The cache cannot be written.
+    """
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    folder = "datasets/" if kind == "data set" else ""
+    where = f"https://huggingface.co/{folder}{repo_id}"
+
+    def unreachable(error: Exception) -> NetworkError:
+        said = " ".join(str(error).split())  # In a line.
+        return NetworkError(f"the Hub cannot be reached: {said}", where=where, hint=hint)
+
+    try:
+        yield
+    except GatedRepoError:
+        raise MissingError(
+            f"this {kind} asks you to accept its terms", where=where, hint="hf auth login"
+        ) from None
+    except RevisionNotFoundError:
+        raise MissingError(
+            f"this {kind} has no such revision", where=where, hint="leave the revision out"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise MissingError(
+            f"there is no such directory here and no such {kind} on the Hub "
+            f"({type(error).__name__})",
+            where=repo_id,
+            hint=f"check the name; a private {kind} needs `hf auth login`",
+        ) from None
+    except LocalEntryNotFoundError as error:  # An EntryNotFoundError too, in name only.
+        raise unreachable(error) from None
+    except EntryNotFoundError as error:
+        raise MissingError(f"this {kind} lacks a file: {error}", where=where) from None
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise unreachable(error) from None
+        raise MissingError(
+            f"the Hub does not let you read this {kind} ({error.response.status_code})",
+            where=where,
+            hint="hf auth login",
+        ) from None
+    except (OfflineModeIsEnabled, HTTPError, OSError) as error:
+        if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+            with writing(Path(error.filename or "~/.cache/huggingface")):
+                raise
+        raise unreachable(error) from None

@@ -1,0 +1,359 @@
+"""Models on disk and on the Hub: load them, save them, upload them.
+
+A model is a directory with `config.json` and `model.safetensors`, or several such files and an
+index of them, in the layout of `published_layout.py`. What was exported for transformers, in that
+of `transformers_layout.py`, is loaded too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nope_gpt.config import ModelConfig
+from nope_gpt.errors import NetworkError, NopeError, UsageError
+from nope_gpt.files.artifacts import MANIFEST, describe, write_json, write_tensors
+from nope_gpt.files.json_files import DAMAGE, parse_json, read_json
+from nope_gpt.hub import published_layout, transformers_layout
+from nope_gpt.hub.locating import CONFIG, INDEX, WEIGHTS
+from nope_gpt.network import sharpening
+from nope_gpt.network.sharpening import Sharpening
+
+ROTARY = "rotary"
+"""The key of config.json that says so of a checkpoint whose positions are not dropped yet."""
+
+FIRST_TOKEN = "first_token"
+"""The key of config.json that says what all that a model reads begins with."""
+
+LARGEST_HEADER = 100_000_000
+"""Bytes of what a safetensors file says of its tensors; its own library reads no more."""
+
+Tell = Callable[[float], None]
+"""What hears which share of the weights has been read."""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model as it lies on disk, in the names it has in memory."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    trained_context_length: int | None
+    sharpenings: Mapping[int, Sharpening] = field(default_factory=dict)
+    first_token: int | None = None
+
+
+def load(path: Path, tell: Tell = lambda _: None, *, rotary: bool = False) -> SavedModel:
+    """Load a model directory of any generation of names.
+
+    The vocabulary is the number of rows of the embedding: the published chat model's
+    config.json states that of its base.
+
+    Args:
+        path: The directory.
+        tell: Told which share of the weights has been read.
+        rotary: Whether it may be a checkpoint whose positions are not dropped yet.
+
+    Raises:
+        NopeError: The files are damaged, incomplete or of another architecture.
+    """
+    settings = read_config(path / CONFIG)
+    if settings.get(ROTARY) and not rotary:
+        raise NopeError(
+            "this model still turns queries and keys by their position, as it does at the "
+            "beginning of a run with --rotary-until; it is of use once they are dropped",
+            where=str(path),
+            hint="go on with its run: nope pretrain --resume",
+        )
+    if settings.get("model_type") in transformers_layout.MODEL_TYPES:
+        layout = str(settings["model_type"])
+        settings = transformers_layout.own_settings(settings, str(path))
+        state = transformers_layout.from_layout(
+            read_weights(path, tell), layout, settings["num_decoder_layers"], str(path)
+        )
+    else:
+        settings = published_layout.rename_settings(settings, str(path / CONFIG))
+        state = published_layout.translate(read_weights(path, tell), str(path))
+    return assemble(settings, state, str(path))
+
+
+def assemble(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> SavedModel:
+    """Check that settings and tensors describe one and the same network."""
+    if published_layout.TIED not in state:
+        raise NopeError("the token embedding is missing", where=where)
+    if state[published_layout.TIED].dim() != 2:
+        raise NopeError("the token embedding is no matrix", where=where)
+    known = {field.name for field in fields(ModelConfig)}
+    try:
+        config = ModelConfig(
+            **{key: value for key, value in settings.items() if key in known}
+            | {"vocabulary_size": state[published_layout.TIED].size(0)}
+        )
+    except UsageError as error:
+        raise NopeError(f"{CONFIG} describes no network: {error.what}", where=where) from None
+    published_layout.check_shapes(config, state, where)
+    length = settings.get("trained_context_length")
+    return SavedModel(
+        config,
+        state,
+        length if type(length) is int and length > 0 else None,
+        sharpening.stated_in(settings, where),
+        first_token_in(settings, config.vocabulary_size, where),
+    )
+
+
+def first_token_in(settings: dict[str, Any], vocabulary_size: int, where: str) -> int | None:
+    """What everything that a model reads begins with, if it was trained so.
+
+    Raises:
+        NopeError: It is no token.
+    """
+    token = settings.get(FIRST_TOKEN)
+    if token is not None and (type(token) is not int or not 0 <= token < vocabulary_size):
+        raise NopeError(f"{FIRST_TOKEN} is {token!r}, which is no token", where=where)
+    return token
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config.json as it is."""
+    try:
+        settings = read_json(path)
+    except DAMAGE as error:
+        raise NopeError(f"{CONFIG} cannot be read: {error}", where=str(path)) from None
+    if not isinstance(settings, dict):
+        raise NopeError(f"{CONFIG} is not a table of settings", where=str(path))
+    return settings
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of weights of a model's directory.
+
+    Raises:
+        NopeError: The index of several is damaged, or one of them is missing.
+    """
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    try:
+        names = sorted(set(read_json(path / INDEX)["weight_map"].values()))
+        files = [path / Path(name).name for name in names]
+        for file in files:
+            file.stat()
+        return files
+    except DAMAGE as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise NopeError(f"{INDEX} cannot be read ({reason})", where=str(path)) from None
+
+
+def read_weights(path: Path, tell: Tell = lambda _: None) -> dict[str, Tensor]:
+    """Read all tensors of a model's directory, with the names that they have there.
+
+    Args:
+        path: The directory.
+        tell: Told after each tensor which share of the bytes has been read.
+    """
+    files = weight_files(path)
+    total = sum(file.stat().st_size for file in files) or 1
+    tensors: dict[str, Tensor] = {}
+    read = 0
+    for file in files:
+        for name, tensor in read_tensors(file):
+            tensors[name] = tensor
+            read += tensor.nbytes
+            tell(min(read / total, 1.0))
+    return tensors
+
+
+def digest(path: Path) -> str:
+    """A sha256 of the weights of a model's directory: of the file, or of the hashes of several."""
+    hashes = [str(describe(file)["sha256"]) for file in weight_files(path)]
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read a safetensors file; nothing in it is ever executed."""
+    with opened(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, of which each tensor and each fact is there once.
+
+    Raises:
+        NopeError: It is not whole, or is something else.
+    """
+    try:
+        with path.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            parse_json(content.read(min(length, LARGEST_HEADER)).decode())
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, *DAMAGE, RuntimeError) as error:
+        raise NopeError(
+            f"this is not a whole safetensors file: {error}",
+            where=str(path),
+            hint="download or export the model again",
+        ) from None
+
+
+def save(path: Path, model: SavedModel, largest_file: int | None = None) -> None:
+    """Write config.json and model.safetensors into a directory that exists.
+
+    The tied matrix is stored once, as in the published files.
+
+    Args:
+        path: The directory.
+        model: What to write.
+        largest_file: Bytes beyond which the weights are spread over several files.
+
+    Raises:
+        NopeError: A weight is not a finite number; names its tensor.
+    """
+    refuse_infinite(model.state, str(path))
+    names = published_layout.published_names(model.config.num_decoder_layers)
+    tensors = {published: model.state[name].detach() for name, published in names.items()}
+    settings: dict[str, Any] = dict(sorted(model.config.as_dict().items()))
+    if model.trained_context_length is not None:
+        settings["trained_context_length"] = model.trained_context_length
+    if model.first_token is not None:
+        settings[FIRST_TOKEN] = model.first_token
+    if model.sharpenings:
+        settings[sharpening.SETTING] = sharpening.as_setting(model.sharpenings)
+    write_weights(
+        path, tensors, {published_layout.TIED: published_layout.TIED_PUBLISHED}, largest_file
+    )
+    write_json(path / CONFIG, settings)
+
+
+def write_sharpenings(path: Path, found: Mapping[int, Sharpening], trained_length: int) -> None:
+    """Write into a model's config.json how much sharper attention is to be, and nothing else.
+
+    Args:
+        path: The model's directory.
+        found: By length of the context, in tokens.
+        trained_length: Of the context, beyond which they hold.
+
+    Raises:
+        UsageError: Its files are not to be changed: a checkpoint's, or a download's.
+    """
+    refuse_to_change(path)
+    settings = read_config(path / CONFIG)
+    scales = {sharpening.SETTING: sharpening.as_setting(found)}
+    write_json(path / CONFIG, settings | {"trained_context_length": trained_length} | scales)
+
+
+def mark_rotary(path: Path) -> None:
+    """Write into config.json that the positions of a checkpoint are not dropped yet."""
+    write_json(path / CONFIG, read_config(path / CONFIG) | {ROTARY: True})
+
+
+def refuse_to_change(path: Path) -> None:
+    """Refuse a model whose files have to stay as they are.
+
+    Raises:
+        UsageError: It is a checkpoint, whose files have their sha256, or a download.
+    """
+    is_checkpoint = (path / MANIFEST).is_file()
+    if is_checkpoint or path.parent.parent.name.startswith("models--"):  # In the Hub's cache.
+        kind = "a checkpoint" if is_checkpoint else "a download"
+        raise UsageError(
+            f"this is {kind}, and its files stay as they are",
+            where=str(path),
+            hint="nope export --model MODEL --output exports/NAME, and calibrate that",
+        )
+
+
+def refuse_infinite(state: dict[str, Tensor], where: str) -> None:
+    """Refuse weights that are no numbers; names the tensor."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise NopeError(f"{name} holds numbers that are not finite", where=where)
+
+
+def write_weights(
+    path: Path, tensors: dict[str, Tensor], header: dict[str, str], largest_file: int | None
+) -> None:
+    """Write tensors as model.safetensors, or as several files and an index of them."""
+    whole = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+    size = sum(tensor.nbytes for tensor in whole.values())
+    if largest_file is None or size <= largest_file:
+        write_tensors(path / WEIGHTS, whole, metadata=header)
+        return
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    plan = split_torch_state_dict_into_shards(whole, max_shard_size=largest_file)
+    for file, names in plan.filename_to_tensors.items():
+        write_tensors(path / file, {name: whole[name] for name in names}, metadata=header)
+    index = {"metadata": {"total_size": size}, "weight_map": plan.tensor_to_filename}
+    write_json(path / INDEX, index)
+
+
+def upload(path: Path, repo_id: str, **options: Any) -> str:
+    """Upload a model directory to the Hub, making the repository if need be.
+
+    Args:
+        path: The directory.
+        repo_id: OWNER/NAME.
+        options: `token`, `private`, and what `huggingface_hub.upload_folder` takes.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UsageError: The repository cannot have that name, or is public and was to be private.
+        NetworkError: The Hub cannot be reached, or refuses; the directory stays.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    refuse_name(repo_id)
+    private = options.pop("private", None)
+    api = HfApi(token=options.pop("token", None))
+    try:
+        api.create_repo(repo_id, exist_ok=True, private=private)
+        if private and not api.repo_info(repo_id).private:
+            raise UsageError(
+                "this repository is there already, and is public",
+                where=repo_id,
+                hint="make it private in its settings, or choose another name",
+            )
+        return str(api.upload_folder(repo_id=repo_id, folder_path=path, **options))
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        refused = f"the Hub does not let you write here ({status})"
+        raise NetworkError(
+            refused if status in (401, 403) else f"the upload failed: {error}",
+            where=repo_id,
+            hint="hf auth login, then try again",
+        ) from None
+    except (HTTPError, OSError, RuntimeError) as error:  # The last of a file that did not arrive.
+        raise NetworkError(
+            f"the upload failed: {error}", where=repo_id, hint="hf auth login, then try again"
+        ) from None
+
+
+def refuse_name(repo_id: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Raises:
+        UsageError: It cannot; says why.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        reason = str(error).rstrip(".")
+        raise UsageError(f"{repo_id!r} cannot be a repository: {reason}") from None

@@ -1,0 +1,21 @@
+"""Text to tokens and back, and the chat template."""
+
+from nope_gpt.tokenization.tokenizers import (
+    FILES,
+    BaseTokenizer,
+    ChatTokenizer,
+    StreamDecoder,
+    name_of,
+    resolve,
+    tokenizer_of,
+)
+
+__all__ = [
+    "FILES",
+    "BaseTokenizer",
+    "ChatTokenizer",
+    "StreamDecoder",
+    "name_of",
+    "resolve",
+    "tokenizer_of",
+]
