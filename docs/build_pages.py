@@ -61,14 +61,8 @@ def modules() -> str:
     parts = [MODULES]
     for room in rooms:
         name = room.relative_to(PACKAGE.parent).as_posix()
-        lines = [
-            f"## {name}/",
-            "",
-            purpose_of(room / "__init__.py"),
-            "",
-            "| module | |",
-            "|---|---|",
-        ]
+        purpose = purpose_of(room / "__init__.py")
+        lines = [f"## {name}/", "", purpose, "", "| module | |", "|---|---|"]
         for path in sorted(room.glob("*.py")):
             if not path.stem.startswith("__"):
                 lines.append(f"| `{path.name}` | {purpose_of(path)} |")
