@@ -13,9 +13,9 @@ from nope_gpt.config.knobs import Knobs, differences, resolve
 from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.data.staging import SUFFIX, Staging, is_held
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
+from nope_gpt.export.record import Record
 from nope_gpt.files import artifacts
 from nope_gpt.files.artifacts import MANIFEST, PARITY
-from nope_gpt.files.json_files import DAMAGE, read_json
 from nope_gpt.hub import storage
 from nope_gpt.hub.history import METRICS, STATE, curves, logged, stages_of
 from nope_gpt.hub.locating import (
@@ -187,21 +187,15 @@ def export_facts(path: Path, verify: bool) -> Facts:
     Raises:
         NopeError: A file is not what was compared.
     """
-    try:
-        record = read_json(path / PARITY)
-        files = {str(Path(name).name): dict(entry) for name, entry in record["files"].items()}
-        told = {name: record[name] for name in ("format", "version", "reports")}
-    except DAMAGE as error:
-        raise NopeError(
-            f"the record of the comparison is damaged ({type(error).__name__})",
-            where=str(path / PARITY),
-        ) from None
+    record = Record.read(path)
     if verify:
-        artifacts.verify(path, {"kind": "export", "files": files})
+        artifacts.verify(path, {"kind": "export", "files": record.files})
     model = model_facts(path, verify) if (path / CONFIG).is_file() else {"stages": stages_of(path)}
     return {
         **model,
-        **told,
+        "format": record.format,
+        "version": record.version,
+        "reports": [report.as_dict() for report in record.reports],
         "files": {each.name: each.stat().st_size for each in sorted(path.iterdir())},
     }
 

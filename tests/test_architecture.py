@@ -25,11 +25,11 @@ FLOORS = [
     {"device", "hub"},
     {"tokenization"},
     {"data", "generation"},
-    {"inspection", "model"},
+    {"model"},
     {"adaptation", "chat"},
     {"evaluation"},
     {"export", "training"},
-    {"diagnosis"},
+    {"diagnosis", "inspection"},
     {"cli"},
 ]
 """Each room may import those on lower floors, and its own."""

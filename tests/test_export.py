@@ -28,6 +28,7 @@ from nope_gpt.export import exporting, hub_files, parity, readers, transformers_
 from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.exporting import export
 from nope_gpt.export.readers import OwnReader, TransformersReader
+from nope_gpt.export.record import Report
 from nope_gpt.export.source import Source, open_source
 from nope_gpt.hub import storage
 from nope_gpt.hub import transformers_layout as layouts
@@ -630,7 +631,7 @@ def test_the_report_lies_beside_the_export_and_names_who_read_it(
         record = json.loads((tmp_path / item["path"] / "parity.json").read_text())
         assert record["reports"] == item["parity"]
         assert record["reports"][0]["largest_error"] <= 1e-5 * record["reports"][0]["largest_logit"]
-        assert f"  {parity.Report(**item['parity'][0]).line}\n" in done.stderr
+        assert f"  {Report(**item['parity'][0]).line}\n" in done.stderr
 
 
 def test_without_the_library_our_own_reader_compares_and_says_so(
@@ -640,7 +641,7 @@ def test_without_the_library_our_own_reader_compares_and_says_so(
     made = export(
         ExportConfig(model=str(model), format="transformers,llama", output=str(tmp_path / "out"))
     )
-    assert [report.read_by.split()[0] for item in made for report in item.reports] == [
+    assert [report.read_by.split()[0] for item in made for report in item.record.reports] == [
         "nope-gpt"
     ] * 2
 
@@ -671,7 +672,7 @@ def test_another_dtype_is_compared_with_the_weights_in_that_dtype(
         model=str(model), format="transformers", output=str(tmp_path / "out"), dtype=dtype
     )
     item = export(settings)[0]
-    assert item.reports[0].largest_error <= 1e-5 * item.reports[0].largest_logit
+    assert item.record.reports[0].largest_error <= 1e-5 * item.record.reports[0].largest_logit
     assert {str(x.dtype) for x in load_file(item.path / "model.safetensors").values()} == {
         f"torch.{dtype}"
     }

@@ -273,7 +273,7 @@ def test_llama_cpp_computes_what_the_source_computes(
     settings = ExportConfig(
         model=str(model), format="gguf", output=str(tmp_path / "out"), dense=dense
     )
-    _, report = export(settings)[0].reports
+    _, report = export(settings)[0].record.reports
     assert report.read_by.startswith("llama.cpp (llama-cpp-python")
     assert report.largest_error <= 1e-4 * report.largest_logit
     assert (report.continued, report.likeliest) == (24, 1.0)
@@ -296,7 +296,7 @@ def test_llama_cpp_is_near_where_it_rounds(
     settings = ExportConfig(
         model=str(model), format="gguf", output=str(tmp_path / "out"), **changes
     )
-    _, report = export(settings)[0].reports
+    _, report = export(settings)[0].record.reports
     assert 0 < report.divergence < divergence
     assert report.texts == report.num_texts
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from nope_gpt.cli.options import JSON, configured
 from nope_gpt.cli.terminal import result, say
 from nope_gpt.config import ExportConfig
@@ -38,10 +36,10 @@ def command(config: ExportConfig, json: bool) -> None:
         say("the card has no picture: pip install 'nope-gpt[plots]' draws the losses", style="dim")
     listing = [
         {
-            "format": item.format,
+            "format": item.record.format,
             "path": str(item.path),
             "url": item.url,
-            "parity": [asdict(report) for report in item.reports],
+            "parity": [report.as_dict() for report in item.record.reports],
         }
         for item in made
     ]

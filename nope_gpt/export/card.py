@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt.evaluation import record
-from nope_gpt.export.parity import Report
+from nope_gpt.export.record import Report
 from nope_gpt.export.source import Source
 from nope_gpt.hub.history import Stage
 

@@ -13,12 +13,12 @@ import torch
 from nope_gpt import __version__
 from nope_gpt.config import ExportConfig
 from nope_gpt.errors import NetworkError, NopeError, UsageError, first_line
-from nope_gpt.evaluation import record
+from nope_gpt.evaluation.record import PICTURE
 from nope_gpt.export import card, gguf_files, hub_files, parity, transformers_files
 from nope_gpt.export.gguf_reader import GgufReader
 from nope_gpt.export.llama_cpp import LlamaCppReader
-from nope_gpt.export.parity import Report
 from nope_gpt.export.readers import OwnReader, Reader, TransformersReader
+from nope_gpt.export.record import Record, Report
 from nope_gpt.export.source import Source, open_source
 from nope_gpt.files.artifacts import (
     PARITY,
@@ -29,7 +29,6 @@ from nope_gpt.files.artifacts import (
     write_file,
     write_json,
 )
-from nope_gpt.files.json_files import DAMAGE, read_json
 from nope_gpt.hub import storage
 from nope_gpt.hub.locating import HISTORY
 from nope_gpt.hub.transformers_layout import ARCEE, LLAMA
@@ -39,7 +38,7 @@ CARD = "README.md"
 
 OWN_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.jinja", "tokenizer*", "config.json",
-    "generation_config.json", "Modelfile", HISTORY, PARITY, card.PICTURE, record.PICTURE,
+    "generation_config.json", "Modelfile", HISTORY, PARITY, card.PICTURE, PICTURE,
 )  # fmt: skip
 """What an export writes: on the Hub, those of an earlier one are replaced or removed."""
 
@@ -51,15 +50,13 @@ class Export:
     """What was written.
 
     Attributes:
-        format: Of it.
         path: Its directory.
-        reports: How it compares with the source, by each of its readers.
+        record: What it is, and how it compares with its source.
         url: Of the commit on the Hub, if it was uploaded.
     """
 
-    format: str
     path: Path
-    reports: list[Report]
+    record: Record
     url: str | None = None
 
 
@@ -80,16 +77,17 @@ def export(config: ExportConfig, tell: Tell = lambda _: None) -> list[Export]:
     """
     source = open_source(config)
     places = places_of(source, config)
-    kept = {name for name, path in places.items() if is_made(path, name, source, config)}
+    kept = {name: made_before(path, name, source, config) for name, path in places.items()}
     for name, path in places.items():
-        if name not in kept:
+        if kept[name] is None:
             refuse_existing(path, overwrite=config.overwrite)
     refuse_impossible(source, config)
     made = []
     for name, path in places.items():
-        if name in kept:
+        if record := kept[name]:
             tell(f"{path} is there already, as asked for")
-            made.append(kept_export(name, path, source, config))
+            write_card(path, called(path, name, config), source, record)
+            made.append(Export(path, record))
         else:
             for about, note in source.notes(name).items():
                 tell(f"{name}: {about.lower()}: {note}")
@@ -156,20 +154,25 @@ def export_one(name: str, path: Path, source: Source, config: ExportConfig, tell
             write_json(directory / HISTORY, {"stages": source.history})
         for picture, content in card.pictures(source).items():
             write_file(directory / picture, content)
-        text = card.model_card(called(path, name, config), name, source, reports, directory)
-        write_file(directory / CARD, text.encode())
+        record = Record(name, __version__, asked(name, source, config), reports, {})
+        write_card(directory, called(path, name, config), source, record)
         files = {file.name: describe(file) for file in sorted(directory.iterdir())}
-        write_json(
-            directory / PARITY,
-            {
-                "format": name,
-                "version": __version__,
-                "asked": asked(name, source, config),
-                "reports": [report.as_dict() for report in reports],
-                "files": files,
-            },
-        )
-    return Export(name, path, reports)
+        record = replace(record, files=files)
+        record.write(directory)
+    return Export(path, record)
+
+
+def write_card(directory: Path, name: str, source: Source, record: Record) -> None:
+    """Write what people read first of an export.
+
+    Args:
+        directory: With the files of the export.
+        name: The card's for it.
+        source: Of the export.
+        record: Of the comparison.
+    """
+    text = card.model_card(name, record.format, source, record.reports, directory)
+    write_file(directory / CARD, text.encode())
 
 
 def read_again(source: Source, open_reader: Callable[[], Reader], name: str) -> Report:
@@ -250,29 +253,17 @@ def asked(name: str, source: Source, config: ExportConfig) -> dict[str, Any]:
     }
 
 
-def is_made(path: Path, name: str, source: Source, config: ExportConfig) -> bool:
-    """Whether what is to be uploaded was written and compared already, and is still that."""
+def made_before(path: Path, name: str, source: Source, config: ExportConfig) -> Record | None:
+    """The record of what is to be uploaded, if it was written already and is still that."""
     if config.push_to_hub is None or config.overwrite:
-        return False
+        return None
     try:
-        record = read_json(path / PARITY)
-        same = {"format": name, "version": __version__, "asked": asked(name, source, config)}
-        return all(record[key] == value for key, value in same.items()) and all(
-            describe(path / Path(file).name) == entry
-            for file, entry in record["files"].items()
-            if file != CARD
-        )
-    except DAMAGE:
-        return False
-
-
-def kept_export(name: str, path: Path, source: Source, config: ExportConfig) -> Export:
-    """What was written before, with a card for where it goes to."""
-    record = read_json(path / PARITY)
-    reports = [Report(**{**report, "complaints": ()}) for report in record["reports"]]
-    text = card.model_card(called(path, name, config), name, source, reports, path)
-    write_file(path / CARD, text.encode())
-    return Export(name, path, reports)
+        record = Record.read(path)
+        files = {file: describe(path / file) for file in record.files if file != CARD}
+    except (NopeError, OSError):
+        return None
+    same = Record(name, __version__, asked(name, source, config), record.reports, record.files)
+    return record if record == same and files.items() <= record.files.items() else None
 
 
 def upload(item: Export, config: ExportConfig, tell: Tell) -> Export:
@@ -281,15 +272,14 @@ def upload(item: Export, config: ExportConfig, tell: Tell) -> Export:
     Raises:
         NetworkError: The Hub cannot be reached, or refuses.
     """
-    repo_id = repository_of(item.format, config)
+    repo_id = repository_of(item.record.format, config)
     tell(f"uploading {item.path} to {repo_id}")
     try:
-        record = read_json(item.path / PARITY)
         url = storage.upload(
             item.path,
             repo_id,
             private=config.private or None,
-            allow_patterns=[PARITY, *record["files"]],
+            allow_patterns=[PARITY, *item.record.files],
             delete_patterns=list(OWN_FILES),
         )
         return replace(item, url=url)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import random
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +14,13 @@ from torch.nn import functional as F
 
 from nope_gpt.errors import NopeError
 from nope_gpt.export.readers import OwnReader, Reader
+from nope_gpt.export.record import NUM_CONTINUED, Report
 from nope_gpt.export.source import Source
 from nope_gpt.memory import Message
 from nope_gpt.tokenization import BaseTokenizer
 
 NUM_TOKENS = 256
 """Tokens whose logits are compared."""
-
-NUM_CONTINUED = 24
-"""Tokens that are continued with."""
 
 NUM_TEXTS = 400
 """Texts of every script whose tokens are compared."""
@@ -47,48 +43,6 @@ SCRIPTS = (
 """Of Unicode: Latin to Hangul, punctuation, emoji, marks that join, and what steers terminals."""
 
 BLANKS = (" ", "  ", "\n", "\n\n", "\t", "\r\n", " \n ", "\u3000")
-
-
-@dataclass(frozen=True)
-class Report:
-    """How an artefact compares with its source.
-
-    Attributes:
-        read_by: What read it.
-        num_tokens: Whose logits were compared.
-        largest_error: Between two logits.
-        largest_logit: Of the source.
-        divergence: Nats from the source's distributions to the artefact's, in the mean.
-        likeliest: Share of tokens after which both find the same one likeliest.
-        continued: Of `NUM_CONTINUED` tokens that the artefact finds likeliest one after the other,
-            those that are the source's likeliest too, or as likely within the tolerance.
-        num_texts: Whose tokens were compared.
-        texts: Those that have the same tokens in both.
-        complaints: What is beyond the tolerance; empty if it passed.
-    """
-
-    read_by: str
-    num_tokens: int
-    largest_error: float
-    largest_logit: float
-    divergence: float
-    likeliest: float
-    continued: int
-    num_texts: int
-    texts: int
-    complaints: tuple[str, ...]
-
-    @property
-    def line(self) -> str:
-        """The report for people."""
-        return (
-            f"read by {self.read_by}: largest error {self.largest_error:.1e} of logits up to "
-            f"{self.largest_logit:.1f} (KL {self.divergence:.1e}), {self.continued}/"
-            f"{NUM_CONTINUED} greedy tokens, {self.texts}/{self.num_texts} texts with equal tokens"
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"complaints": list(self.complaints)}
 
 
 def compare(source: Source, reader: Reader) -> Report:
