@@ -1,10 +1,11 @@
 """Every benchmark, one after another, as the documents quote them.
 
     python benchmarks/all.py CLASSICS.parquet SHAKESPEARE.txt CONVERSATIONS.jsonl PAIRS.jsonl
-        [--eleuther calc_transformer_mem.py] [--into build/benchmarks] [--only train tune ...]
+        [--eleuther calc_transformer_mem.py] [--into benchmarks/results] [--only train tune ...]
 
-What each prints goes into a file of its own. It takes some hours, and a machine that does nothing
-else; what is not measured in time comes last. One that fails is told, and the others go on.
+What each prints goes into a file of its own, and from there `make docs` takes the tables of the
+documents. It takes some hours, and a machine that does nothing else; what is not measured in time
+comes last. One that fails is told and leaves NAME.part, and the others go on.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ COMMANDS = {
 }
 """By name; `approximations.py` and `tool_calls.py` need models that training made."""
 
+RESULTS = Path(__file__).with_name("results")
+
 
 def main() -> None:
     """Run them."""
@@ -44,7 +47,7 @@ def main() -> None:
     for name in ("classics", "shakespeare", "conversations", "pairs"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--eleuther", type=Path, help="EleutherAI's calculator, to compare")
-    parser.add_argument("--into", type=Path, default=Path("build/benchmarks"))
+    parser.add_argument("--into", type=Path, default=RESULTS)
     parser.add_argument("--only", nargs="*", choices=COMMANDS, default=list(COMMANDS))
     options = parser.parse_args()
     options.into.mkdir(parents=True, exist_ok=True)
@@ -54,11 +57,15 @@ def main() -> None:
         command = COMMANDS[name].format(**vars(options) | {"eleuther": eleuther})
         script, *words = shlex.split(command)
         print(f"{time.strftime('%H:%M:%S')} {command}", flush=True)
-        with (options.into / f"{name}.md").open("w") as out:
+        output = options.into / f"{name}.md"
+        part = output.with_suffix(".part")
+        with part.open("w") as out:
             line = [sys.executable, str(Path(__file__).with_name(script)), *words]
             done = subprocess.run(line, stdout=out, check=False)
         if done.returncode:
             failed.append(name)
+        else:
+            part.replace(output)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -47,7 +47,7 @@ from nope_gpt.config.presets import SEED_BEGINNING, SEED_RECIPE
 from nope_gpt.data.batches import Batch, TextBatches
 from nope_gpt.data.prepare import prepare
 from nope_gpt.evaluation.lengths import bits_per_byte, spans_of, windowed_losses
-from nope_gpt.evaluation.network import OwnNetwork
+from nope_gpt.evaluation.scorers import OwnScorer
 from nope_gpt.hub import storage
 from nope_gpt.hub.locating import locate
 from nope_gpt.model import NoPEGPT
@@ -208,7 +208,7 @@ def judged(trained: tuple[NoPEGPT, BaseTokenizer, StepReport], held_out: str) ->
     length = model.trained_context_length
     assert length
     spans = spans_of(torch.tensor(tokenizer.tokenize(held_out)), length, 10**9)
-    losses = windowed_losses(OwnNetwork(model), spans, length)
+    losses = windowed_losses(OwnScorer(model), spans, length)
     read = spans[:, 1:].flatten().tolist()
     size = sum(len(tokenizer.bytes_of(token)) for token in read)
     return {
@@ -296,7 +296,7 @@ def main() -> None:
     workers = options.workers
     options.device, options.threads = "cpu", max(torch.get_num_threads() // workers, 1)
     common |= {"steps": options.steps, "threads": options.threads}
-    print(hardware(options), f"\n{SHAPE | shape}, {options.encoding}\n", file=sys.stderr)
+    print(hardware(options), f"\n{SHAPE | shape}, {options.encoding}\n")
     print("| way | bits per byte | beside the first | seconds | steps | tokens | parameters |")
     print("|---|---|---|---|---|---|---|", flush=True)
     first: list[float] = []

@@ -20,7 +20,6 @@ import argparse
 import math
 import random
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,8 +36,8 @@ from nope_gpt.config import TuneConfig
 from nope_gpt.config.tuning import EXTENSION
 from nope_gpt.evaluation.calibration import calibrate
 from nope_gpt.evaluation.lengths import by_length, spans_of, windowed_losses
-from nope_gpt.evaluation.network import OwnNetwork
 from nope_gpt.evaluation.passkey import ANSWER, DIGITS, NEEDLE, QUESTION, found_by_depth
+from nope_gpt.evaluation.scorers import OwnScorer
 from nope_gpt.hub import storage
 from nope_gpt.hub.locating import locate
 from nope_gpt.model import NoPEGPT
@@ -118,7 +117,7 @@ def line(
     spans = spans_of(text, length * max(TIMES), 10**9)
     losses, keys, filler = {}, [], text.tolist()
     for times, model in models.items():
-        network = OwnNetwork(model)
+        network = OwnScorer(model)
         with helped(times):
             losses[times * length] = windowed_losses(network, spans, times * length)
             depths = found_by_depth(
@@ -164,7 +163,7 @@ def main() -> None:
     train, held_out = texts_of(options.text)
     cell = SHAPE | {"tokens_per_sample": options.length, "batch_size": options.batch}
     cell |= {"max_steps": options.steps, "seed": options.seed}
-    print(hardware(options), f"\n{cell}, {options.encoding}\n", file=sys.stderr)
+    print(hardware(options), f"\n{cell}, {options.encoding}\n")
     names = [f"{times}x" for times in TIMES]
     print(f"| model | {' | '.join(names)} | {' | '.join('pass keys ' + x for x in names)} |")
     print("|---" * (1 + 2 * len(TIMES)) + "|", flush=True)

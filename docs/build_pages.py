@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import nope_gpt
 from nope_gpt.cli import app
 
 PAGES = Path(__file__).parent
+ROOT = PAGES.parent
 PACKAGE = Path(nope_gpt.__file__).parent
 COMMANDS = ["", *(str(command.name) for command in app.registered_commands)]
 
@@ -70,14 +72,27 @@ def modules() -> str:
     return "\n".join(parts)
 
 
+def measured(page: str) -> str:
+    """A page with each table that names the output of a benchmark as it stands in that output."""
+    marked = r"^(<!-- (benchmarks/results/[\w-]+\.md)(?:, table (\d+))? -->\n)(?:\|.*\n)*"
+
+    def table(mark: re.Match[str]) -> str:
+        output = (ROOT / mark[2]).read_text(encoding="utf-8")
+        tables = re.findall(r"(?:^\|.*\n)+", output, re.MULTILINE)
+        return mark[1] + str(tables[int(mark[3] or 1) - 1])
+
+    return re.sub(marked, table, page, flags=re.MULTILINE)
+
+
 def main() -> None:
     """Write them, or say which one is stale."""
-    for name, text in (("cli.md", command_line()), ("modules.md", modules())):
-        page = PAGES / name
+    texts = {page: measured(page.read_text(encoding="utf-8")) for page in PAGES.glob("*.md")}
+    texts |= {PAGES / "cli.md": command_line(), PAGES / "modules.md": modules()}
+    for page, text in texts.items():
         if "--check" not in sys.argv:
             page.write_text(text, encoding="utf-8")
         elif not page.is_file() or page.read_text(encoding="utf-8") != text:
-            sys.exit(f"docs/{name} is stale: run `make docs` and commit it")
+            sys.exit(f"docs/{page.name} is stale: run `make docs` and commit it")
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from nope_gpt.device import (
     resolve_precision,
 )
 from nope_gpt.errors import first_line
-from nope_gpt.files.artifacts import nearest_directory
+from nope_gpt.files.writing import nearest_directory
 from nope_gpt.model import NoPEGPT
 from nope_gpt.network import native
 from nope_gpt.sizing.arithmetic import training_flops_per_token
-from nope_gpt.sizing.calibration import own_cpu
+from nope_gpt.sizing.measurements import own_cpu
 from nope_gpt.sizing.memory import training_memory
 from nope_gpt.training import compilation, measuring
 

@@ -14,8 +14,8 @@ from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.data.staging import SUFFIX, Staging, is_held
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
 from nope_gpt.export.record import Record
-from nope_gpt.files import artifacts
-from nope_gpt.files.artifacts import MANIFEST, PARITY
+from nope_gpt.files import artefacts
+from nope_gpt.files.artefacts import MANIFEST, PARITY
 from nope_gpt.hub import storage
 from nope_gpt.hub.history import METRICS, STATE, curves, logged, stages_of
 from nope_gpt.hub.locating import (
@@ -47,9 +47,9 @@ def kind_of(path: Path) -> str | None:
     if path.name.endswith(SUFFIX):
         return "unfinished dataset"
     has = {name: (path / name).is_file() for name in (RUN, STATE, PARITY, CONFIG, WEIGHTS, INDEX)}
-    if artifacts.is_kind(path, "dataset"):
+    if artefacts.is_kind(path, "dataset"):
         return "dataset"
-    if artifacts.is_kind(path, "checkpoint") or has[STATE]:
+    if artefacts.is_kind(path, "checkpoint") or has[STATE]:
         return "checkpoint"
     if has[RUN]:
         return "run"
@@ -127,7 +127,7 @@ def dataset_facts(path: Path, verify: bool) -> Facts:
     """What the manifest of a data set says."""
     dataset = Dataset.open(path).with_keys(TOLD)
     if verify:
-        artifacts.verify(path, dataset.manifest)
+        artefacts.verify(path, dataset.manifest)
     return dataset.manifest
 
 
@@ -150,7 +150,7 @@ def model_facts(path: Path, verify: bool) -> Facts:
         NopeError: It is damaged.
     """
     if verify and (path / MANIFEST).is_file():
-        artifacts.verify(path, artifacts.read_manifest(path, "checkpoint"))
+        artefacts.verify(path, artefacts.read_manifest(path, "checkpoint"))
     saved = storage.load(path, rotary=True)
     storage.refuse_infinite(saved.state, str(path))
     return {
@@ -177,7 +177,7 @@ def tokenizer_facts(path: Path, vocabulary_size: int) -> Facts:
 
 def checkpoint_facts(path: Path, verify: bool) -> Facts:
     """A model, and the step that it was saved after."""
-    manifest = artifacts.read_manifest(path, "checkpoint")
+    manifest = artefacts.read_manifest(path, "checkpoint")
     return {"step": manifest.get("step"), **model_facts(path, verify)}
 
 
@@ -189,7 +189,7 @@ def export_facts(path: Path, verify: bool) -> Facts:
     """
     record = Record.read(path)
     if verify:
-        artifacts.verify(path, {"kind": "export", "files": record.files})
+        artefacts.verify(path, {"kind": "export", "files": record.files})
     model = model_facts(path, verify) if (path / CONFIG).is_file() else {"stages": stages_of(path)}
     return {
         **model,
@@ -244,9 +244,9 @@ def checkpoint_line(path: Path, verify: bool) -> Facts:
     """A checkpoint of a run, and what is wrong with it, if anything."""
     complaint = None
     try:
-        manifest = artifacts.read_manifest(path, "checkpoint")
+        manifest = artefacts.read_manifest(path, "checkpoint")
         if verify:
-            artifacts.verify(path, manifest)
+            artefacts.verify(path, manifest)
     except NopeError as error:
         complaint = error.what
     return {"step": step_of(path), "bytes": size_of(path), "complaint": complaint}

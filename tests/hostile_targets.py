@@ -33,7 +33,7 @@ from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.errors import NopeError
 from nope_gpt.evaluation import record
 from nope_gpt.export import card, legacy
-from nope_gpt.files.artifacts import MANIFEST, describe, verify
+from nope_gpt.files.artefacts import MANIFEST, describe, verify
 from nope_gpt.hub import storage
 from nope_gpt.hub.history import logged, stages_of
 from nope_gpt.hub.locating import locate

@@ -18,20 +18,15 @@ import numpy as np
 import pytest
 
 from nope_gpt.errors import CapacityError, MissingError, NopeError, UsageError
-from nope_gpt.files.artifacts import (
+from nope_gpt.files.artefacts import (
     MANIFEST,
-    array_file,
-    beside,
     describe,
-    is_artifact,
-    is_leftover,
+    may_be_replaced,
     publish,
     read_manifest,
     verify,
-    write_file,
-    write_json,
-    writing,
 )
+from nope_gpt.files.writing import array_file, beside, is_leftover, write_file, write_json, writing
 
 CONTENT = bytes(range(256)) * 4
 HEAD: dict[str, Any] = {"kind": "dataset", "format_version": 1}
@@ -369,4 +364,4 @@ def test_a_file_is_no_directory_of_an_artefact(tmp_path: Path) -> None:
 
 
 def test_a_place_that_another_process_has_just_set_aside_holds_nothing_else(tmp_path: Path) -> None:
-    assert is_artifact(tmp_path / "gone")
+    assert may_be_replaced(tmp_path / "gone")

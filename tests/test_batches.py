@@ -22,7 +22,7 @@ from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.ordering import shuffled
 from nope_gpt.data.shards import Dataset, TokenStream
 from nope_gpt.errors import MissingError, NopeError, UsageError
-from nope_gpt.files.artifacts import FORMAT_VERSION, MANIFEST, describe
+from nope_gpt.files.artefacts import FORMAT_VERSION, MANIFEST, describe
 
 IGNORED = -100
 START, STOP = 7, 8

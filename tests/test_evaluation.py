@@ -14,7 +14,7 @@ from reference import SETTINGS, forward, write_published
 from small import RECIPE, byte_dataset, small_model
 from torch.nn import functional as F
 
-from nope_gpt.adaptation.reach import plan_context, scale_attention, sharpen, sharpened
+from nope_gpt.adaptation.reach import prepare_for_context, scale_attention, sharpen, sharpened
 from nope_gpt.config import PretrainConfig
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.evaluation.calibration import CANDIDATES, calibrate, certain
@@ -27,8 +27,8 @@ from nope_gpt.evaluation.lengths import (
     spans_of,
     windowed_losses,
 )
-from nope_gpt.evaluation.network import OwnNetwork
 from nope_gpt.evaluation.passkey import finds, found_by_depth, probe
+from nope_gpt.evaluation.scorers import OwnScorer
 from nope_gpt.hub import storage
 from nope_gpt.hub.locating import locate
 from nope_gpt.model import NoPEGPT
@@ -52,7 +52,7 @@ def loss_after(model, context, target) -> float:
 def test_every_token_is_predicted_once_at_every_length(length):
     model = small_model()
     spans = spans_of(TEXT, 32, 3)
-    losses = windowed_losses(OwnNetwork(model), spans, length)
+    losses = windowed_losses(OwnScorer(model), spans, length)
     assert losses.shape == (3, 32)
     for span, own in zip(spans, losses, strict=True):
         for place in range(32):
@@ -65,7 +65,7 @@ def test_every_token_is_predicted_once_at_every_length(length):
 def test_a_sliding_window_sees_all_but_a_stride(stride):
     model, length = small_model(), 8
     spans = spans_of(TEXT, 32, 2)
-    losses = sliding_losses(OwnNetwork(model), spans, length, stride)
+    losses = sliding_losses(OwnScorer(model), spans, length, stride)
     for span, own in zip(spans, losses, strict=True):
         for place in range(32):
             end = length + max(math.ceil((place + 1 - length) / stride), 0) * stride
@@ -75,7 +75,7 @@ def test_a_sliding_window_sees_all_but_a_stride(stride):
 
 
 def test_a_window_as_long_as_its_stride_is_no_sliding_one():
-    network, spans = OwnNetwork(small_model()), spans_of(TEXT, 32, 2)
+    network, spans = OwnScorer(small_model()), spans_of(TEXT, 32, 2)
     slid = sliding_losses(network, spans, 8, 8)
     torch.testing.assert_close(slid, windowed_losses(network, spans, 8))
 
@@ -198,7 +198,7 @@ def test_a_probe_has_its_length_its_number_at_its_depth_and_its_question_at_the_
 
 def test_found_means_that_greedy_decoding_writes_it():
     model = small_model(vocabulary_size=257)
-    network = OwnNetwork(model)
+    network = OwnScorer(model)
     asked = probe(BYTES, BYTES.tokenize("abc"), 120, 0.5, "1")
     greedy = {"max_tokens": len(asked.answer), "temperature": 0, "repeat_penalty": 0}
     written = model.generate(torch.tensor(asked.tokens), **greedy)
@@ -268,7 +268,7 @@ def test_rows_of_unequal_length_have_each_its_own_scale(tmp_path):
 def test_losses_of_integers_are_those_of_their_logits():
     model = small_model().quantize(torch.float32)
     spans = spans_of(TEXT, 32, 2)
-    losses = windowed_losses(OwnNetwork(model), spans, 32)
+    losses = windowed_losses(OwnScorer(model), spans, 32)
     logits = model(spans[:, :-1])
     by_hand = F.cross_entropy(logits.mT, spans[:, 1:], reduction="none")
     torch.testing.assert_close(losses, by_hand, atol=1e-4, rtol=1e-4)
@@ -305,18 +305,18 @@ def test_a_longer_context_is_evaluated_as_it_would_be_planned(found, dtype):
     model = model.quantize(torch.float32) if dtype == torch.int8 else model
     model.trained_context_length = 8
     spans = spans_of(TEXT, 32, 2)
-    plain = {length: windowed_losses(OwnNetwork(model), spans, length) for length in (8, 16, 32)}
+    plain = {length: windowed_losses(OwnScorer(model), spans, length) for length in (8, 16, 32)}
     model.sharpenings = {16: found}
-    network = OwnNetwork(model)
+    network = OwnScorer(model)
     seen = {}
     for length in (8, 32, 16, 8):
         with network.planned(length) as used:
             seen[length] = windowed_losses(network, spans, length)
         assert used == (NONE if length == 8 else found)
     assert torch.equal(seen[8], plain[8])
-    plan_context(model, 16)
+    prepare_for_context(model, 16)
     for length in (16, 32):
-        expected = windowed_losses(OwnNetwork(model), spans, length)
+        expected = windowed_losses(OwnScorer(model), spans, length)
         torch.testing.assert_close(seen[length], expected)
         assert not torch.allclose(seen[length], plain[length])
 
@@ -373,21 +373,21 @@ def test_a_planned_context_takes_the_scale_of_the_next_length_and_keeps_it(tmp_p
     assert stated["attention_scales"] == {"128": {"scale": 1.1}, "256": {"scale": 1.25}}
     for planned, scale in ((64, 1.0), (65, 1.1), (128, 1.1), (200, 1.25), (9999, 1.25)):
         own = NoPEGPT.from_pretrained(tmp_path / "model")
-        assert plan_context(own, planned) == Sharpening(scale=scale)
+        assert prepare_for_context(own, planned) == Sharpening(scale=scale)
         for layer, before in zip(own.decoder.layers, model.decoder.layers, strict=True):
             expected = before.attention.q_proj.weight * scale
             torch.testing.assert_close(layer.attention.q_proj.weight, expected)
         if scale != 1.0:
-            assert plan_context(own, 9999) == NONE, "scaled once, for good"
+            assert prepare_for_context(own, 9999) == NONE, "scaled once, for good"
 
 
 def test_a_model_without_scales_is_left_alone(tmp_path):
     write_published(tmp_path / "model")
     model = NoPEGPT.from_pretrained(tmp_path / "model")
     before = [layer.attention.q_proj.weight.clone() for layer in model.decoder.layers]
-    assert plan_context(model, 10**6) == NONE
+    assert prepare_for_context(model, 10**6) == NONE
     model.trained_context_length = 8
-    assert plan_context(model, 10**6) == NONE
+    assert prepare_for_context(model, 10**6) == NONE
     for layer, own in zip(model.decoder.layers, before, strict=True):
         assert torch.equal(layer.attention.q_proj.weight, own)
 

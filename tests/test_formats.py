@@ -10,7 +10,7 @@ import pytest
 
 from nope_gpt.adaptation import adapters
 from nope_gpt.evaluation import record
-from nope_gpt.files import artifacts
+from nope_gpt.files import artefacts
 from nope_gpt.hub import locating, storage
 from nope_gpt.hub.history import METRICS, STATE
 from nope_gpt.training.checkpoints import OPTIMIZER, Progress
@@ -43,7 +43,7 @@ def test_every_figure_of_a_log_is_named() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        artifacts.MANIFEST, artifacts.PARITY, locating.CONFIG, locating.WEIGHTS, locating.INDEX,
+        artefacts.MANIFEST, artefacts.PARITY, locating.CONFIG, locating.WEIGHTS, locating.INDEX,
         locating.TOKENIZER, locating.RANKS, locating.RUN, locating.HISTORY, locating.HOLDER,
         locating.LOCK, METRICS, STATE, OPTIMIZER, adapters.TENSORS, adapters.SETTINGS,
         record.RECORD, record.PICTURE,

@@ -23,7 +23,7 @@ from nope_gpt.data import planning, reading, schedule, units
 from nope_gpt.data.preparation import Preparation
 from nope_gpt.data.prepare import prepare
 from nope_gpt.errors import NetworkError, NopeError
-from nope_gpt.files.artifacts import ArrayFile
+from nope_gpt.files.writing import ArrayFile
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and kill")
 

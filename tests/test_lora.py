@@ -94,7 +94,7 @@ def test_left_out_adapters_and_rows_leave_the_model_as_it_was() -> None:
     with torch.no_grad():
         model.token_embeddings.rows.add_(1.0)
     assert (model(TOKENS + 31) - before).abs().max() > 0.1
-    with lora.left_out(model):
+    with lora.adapters_off(model):
         torch.testing.assert_close(model(TOKENS + 31), before, rtol=0, atol=1e-6)
     assert (model(TOKENS + 31) - before).abs().max() > 0.1
 

@@ -22,7 +22,7 @@ from nope_gpt.data.prepare import prepare
 from nope_gpt.data.schedule import Progress
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import CapacityError, NopeError, UsageError
-from nope_gpt.files.artifacts import MANIFEST
+from nope_gpt.files.artefacts import MANIFEST
 
 
 @pytest.fixture(autouse=True)

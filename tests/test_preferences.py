@@ -161,7 +161,7 @@ def test_a_resumed_preference_tuning_goes_on_as_if_nothing_had_happened(
 
 def test_adapters_left_out_are_back_after_an_error(base: Path, pairs: Path) -> None:
     model = tuning(base, pairs).model(torch.float32)
-    with pytest.raises(ZeroDivisionError), lora.left_out(model):
+    with pytest.raises(ZeroDivisionError), lora.adapters_off(model):
         1 / 0  # noqa: B018
     parts = [module for module in model.modules() if isinstance(module, lora.LoRALinear)]
     assert all(part.is_active for part in parts)

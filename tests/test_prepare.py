@@ -30,7 +30,7 @@ from nope_gpt.data.prepare import prepare
 from nope_gpt.data.schedule import Progress
 from nope_gpt.data.shards import Dataset, TokenStream
 from nope_gpt.errors import Interrupted, MissingError, NopeError, UsageError
-from nope_gpt.files.artifacts import MANIFEST, verify
+from nope_gpt.files.artefacts import MANIFEST, verify
 from nope_gpt.memory import Message
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer, encodings, resolve
 
@@ -493,7 +493,7 @@ def test_a_root_that_cannot_be_written_is_named_and_left_alone(tmp_path: Path) -
 FULL_DISK = """
 import json, os, resource, signal, sys
 from pathlib import Path
-from nope_gpt.files.artifacts import verify
+from nope_gpt.files.artefacts import verify
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data.mixture import mixture
 from nope_gpt.data.prepare import prepare

@@ -27,7 +27,7 @@ from nope_gpt.data.batches import Batch, TextBatches
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.evaluation.lengths import windowed_losses
-from nope_gpt.evaluation.network import OwnNetwork
+from nope_gpt.evaluation.scorers import OwnScorer
 from nope_gpt.export.exporting import export
 from nope_gpt.export.gguf_reader import GgufReader
 from nope_gpt.generation.batching import Request, answers
@@ -341,7 +341,7 @@ def test_what_is_evaluated_begins_with_the_anchor(dataset: Path) -> None:
     with_it = spans.clone()
     for start in (0, 8, 16, 24):
         with_it[:, start] = 60
-    found = windowed_losses(OwnNetwork(model), spans, 8)
+    found = windowed_losses(OwnScorer(model), spans, 8)
     rows, right = with_it[:, :-1].reshape(-1, 8), spans[:, 1:].reshape(-1, 8)
     with torch.no_grad():
         expected = plain(rows, right, each=True).view(2, 32)

@@ -13,7 +13,7 @@ import pytest
 from small import SHAPE
 
 from nope_gpt.errors import NopeError
-from nope_gpt.files.artifacts import FORMAT_VERSION, MANIFEST, read_manifest, verify
+from nope_gpt.files.artefacts import FORMAT_VERSION, MANIFEST, read_manifest, verify
 
 COMMAND = "import sys; from nope_gpt.cli import main; main(sys.argv[1:])"
 
@@ -105,7 +105,7 @@ def test_a_home_that_is_nowhere_is_told_as_such(under: Run, arguments: list[str]
 PUBLISHER = f"""
 import sys
 from pathlib import Path
-from nope_gpt.files.artifacts import publish
+from nope_gpt.files.artefacts import publish
 from nope_gpt.errors import NopeError
 place, mine = Path(sys.argv[1]), sys.argv[2]
 for round in range(40):

@@ -23,7 +23,7 @@ from nope_gpt.config.training import LEARNING_RATES
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.shards import Dataset
 from nope_gpt.errors import MissingError, NopeError, UsageError
-from nope_gpt.files.artifacts import FORMAT_VERSION, MANIFEST, publish, read_manifest, verify
+from nope_gpt.files.artefacts import FORMAT_VERSION, MANIFEST, publish, read_manifest, verify
 from nope_gpt.hub.locating import newest_checkpoint
 from nope_gpt.model import NoPEGPT
 from nope_gpt.training.checkpoints import prune

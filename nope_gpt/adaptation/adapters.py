@@ -19,8 +19,8 @@ from torch import Tensor
 from nope_gpt.adaptation import lora
 from nope_gpt.config import CONTROL_TOKENS
 from nope_gpt.errors import MissingError, NopeError, UsageError
-from nope_gpt.files.artifacts import write_json, write_tensors
 from nope_gpt.files.json_files import DAMAGE, read_json
+from nope_gpt.files.writing import write_json, write_tensors
 from nope_gpt.hub import storage
 from nope_gpt.hub.locating import locate
 from nope_gpt.hub.published_layout import TIED

@@ -106,7 +106,7 @@ def train_last_rows(model: NoPEGPT, count: int) -> None:
 
 
 @contextmanager
-def left_out(model: NoPEGPT) -> Iterator[None]:
+def adapters_off(model: NoPEGPT) -> Iterator[None]:
     """Let a model compute as it did before it was tuned."""
     parts = [m for m in model.modules() if isinstance(m, LoRALinear | LastRowsEmbedding)]
     for part in parts:

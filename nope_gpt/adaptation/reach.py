@@ -16,7 +16,7 @@ from nope_gpt.network.quantization import Int8Linear
 from nope_gpt.network.sharpening import NONE, Growth, Sharpening, for_context, scaled_heads
 
 
-def plan_context(model: NoPEGPT, length: int) -> Sharpening:
+def prepare_for_context(model: NoPEGPT, length: int) -> Sharpening:
     """Prepare for a context by what was found for it, from now on.
 
     What was found for other contexts is dropped, being of the weights as they were. Keys that are

@@ -9,8 +9,8 @@ from typing import Any
 
 from nope_gpt.data.documents import Refused, messages_of
 from nope_gpt.errors import MissingError, NopeError
-from nope_gpt.files.artifacts import write_file, writing
 from nope_gpt.files.json_files import DAMAGE, ESCAPED, parse_json
+from nope_gpt.files.writing import write_file, writing
 from nope_gpt.memory import Message
 
 

@@ -77,12 +77,12 @@ def opened(
         NopeError: It cannot be loaded.
     """
     from nope_gpt.chat.session import session_of
-    from nope_gpt.cli.loading import find_model, load_model, plan_context
+    from nope_gpt.cli.loading import find_model, load_model, prepare_for_context
     from nope_gpt.tokenization import ChatTokenizer
 
     directory = found.pop(config.model, None) or find_model(config, "chat")
     model, tokenizer = load_model(directory, config, tell)
-    plan_context(model, config.context_length, is_told_later=is_told_later)
+    prepare_for_context(model, config.context_length, is_told_later=is_told_later)
     if not isinstance(tokenizer, ChatTokenizer):
         say(
             "note: this is a base model, which was never taught to take turns: it continues what "

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from nope_gpt.evaluation.report import Evaluation
+    from nope_gpt.evaluation.evaluating import Evaluation
     from nope_gpt.model import NoPEGPT
     from nope_gpt.tokenization import BaseTokenizer
 
@@ -67,9 +67,9 @@ def command(
     """
     from nope_gpt.cli.loading import find_model, load_model
     from nope_gpt.cli.plotting import WIDE, figure_for, picture_of
-    from nope_gpt.evaluation.network import OwnNetwork
+    from nope_gpt.evaluation.evaluating import evaluate
     from nope_gpt.evaluation.record import RECORD, keep, place_for
-    from nope_gpt.evaluation.report import evaluate
+    from nope_gpt.evaluation.scorers import OwnScorer
 
     refuse_contradictions(config, calibrate=calibrate, record=record, plot=plot)
     figure = figure_for(plot, *WIDE) if plot else None
@@ -86,7 +86,7 @@ def command(
         write_calibration(model, directory, tokens, length, config, as_json=json)
         return
     with counting() as started:
-        found = evaluate(OwnNetwork(model), tokenizer, tokens, length, config, started)
+        found = evaluate(OwnScorer(model), tokenizer, tokens, length, config, started)
     if place:
         keep(place, directory, found, picture_of(found))
         say(f"kept in {place / RECORD}")
@@ -128,8 +128,8 @@ def compare(
     """The same of a model of the transformers library."""
     import torch
 
+    from nope_gpt.evaluation.evaluating import evaluate
     from nope_gpt.evaluation.foreign import open_foreign
-    from nope_gpt.evaluation.report import evaluate
 
     with waiting(f"loading {config.model}"):
         network, tokenizer, known = open_foreign(config)

@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nope_gpt.evaluation.evaluating import Evaluation
     from nope_gpt.evaluation.lengths import Estimate
-    from nope_gpt.evaluation.report import Evaluation
 
 
 def shown(found: Evaluation) -> str:

@@ -61,7 +61,7 @@ def command(
     - `nope generate --input prompts.jsonl --output texts.jsonl --model runs/pretrain`
     """
     refuse_contradictions(config, input, output, prompt or prompt_file, json)
-    from nope_gpt.cli.loading import open_model, plan_context
+    from nope_gpt.cli.loading import open_model, prepare_for_context
 
     if input is not None:
         from nope_gpt.cli.many import answer_file
@@ -71,7 +71,7 @@ def command(
     text = read_prompt(prompt, prompt_file)
     model, tokenizer = open_model(config, "generate")
     tokens = tokenizer.tokenize(text) or [tokenizer.end_of_text]
-    plan_context(model, min(config.context_length, len(tokens) + config.max_tokens))
+    prepare_for_context(model, min(config.context_length, len(tokens) + config.max_tokens))
     if len(tokens) > config.context_length - (model.first_token is not None):
         pinned = f"the first {config.pin_tokens:,} and " if config.pin_tokens else ""
         say(

@@ -33,7 +33,7 @@ def open_model(config: WritingConfig, command: str) -> tuple[NoPEGPT, BaseTokeni
     return model, tokenizer
 
 
-def plan_context(model: NoPEGPT, planned: int, *, is_told_later: bool = False) -> None:
+def prepare_for_context(model: NoPEGPT, planned: int, *, is_told_later: bool = False) -> None:
     """Prepare a model for a context of so many tokens, and say what that means.
 
     Args:
@@ -44,7 +44,7 @@ def plan_context(model: NoPEGPT, planned: int, *, is_told_later: bool = False) -
     trained = model.trained_context_length
     if trained is None or planned <= trained:
         return
-    found = reach.plan_context(model, planned)
+    found = reach.prepare_for_context(model, planned)
     done = (
         f"its attention is scaled by {found.told}, as `nope eval --calibrate` found"
         if found != NONE

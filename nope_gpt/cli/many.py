@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt.amounts import format_seconds
-from nope_gpt.cli.loading import open_model, plan_context, seed_for
+from nope_gpt.cli.loading import open_model, prepare_for_context, seed_for
 from nope_gpt.cli.reading import read_text
 from nope_gpt.cli.terminal import Pace, progress_bar, result, say, talk
 from nope_gpt.config import GenerateConfig
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.files.artifacts import writing
 from nope_gpt.files.json_files import ESCAPED, parse_json
+from nope_gpt.files.writing import writing
 from nope_gpt.generation.batching import Request, answers
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
@@ -41,7 +41,7 @@ def answer_file(config: GenerateConfig, source: Path, target: Path, *, as_json: 
         for i in range(config.num_samples)
     ]
     longest = max((len(request.prompt) for request in requests), default=0)
-    plan_context(model, min(config.context_length, longest + config.max_tokens))
+    prepare_for_context(model, min(config.context_length, longest + config.max_tokens))
     room = config.context_length - (model.first_token is not None)
     long = sum(len(request.prompt) > room for request in requests)
     if long:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from nope_gpt.config import SizeConfig
 from nope_gpt.errors import UsageError
-from nope_gpt.files.artifacts import writing
+from nope_gpt.files.writing import writing
 from nope_gpt.sizing.arithmetic import Parts, count_parameters, forward_flops
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from nope_gpt.evaluation.report import Evaluation
+    from nope_gpt.evaluation.evaluating import Evaluation
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

@@ -42,7 +42,7 @@ def command(
 
     - `torchrun --standalone --nproc-per-node=8 -m nope_gpt.cli pretrain`
     """
-    from nope_gpt.cli.watching import Watcher
+    from nope_gpt.cli.watching import TrainingWatcher
     from nope_gpt.training.pretraining import dry_run as plan_of
     from nope_gpt.training.pretraining import pretrain
 
@@ -53,7 +53,7 @@ def command(
     if gpus is not None:
         launch(config, gpus)
         return
-    path = pretrain(config, [Watcher("pretrain")], resume=resume)
+    path = pretrain(config, [TrainingWatcher("pretrain")], resume=resume)
     result_of_ranks(str(path), {"run": str(path)}, json)
 
 

@@ -83,7 +83,7 @@ def announce(command: str, settings: Knobs, *arguments: str, preset: str | None 
 def prepare(root: Path) -> Path:
     """Text and conversations from python-docs; returns the root of the data sets."""
     from nope_gpt.cli.datasets import summary
-    from nope_gpt.cli.prepare import Watcher
+    from nope_gpt.cli.preparing import PreparationWatcher
     from nope_gpt.data import prepare as data
 
     datasets = root / "datasets"
@@ -93,7 +93,7 @@ def prepare(root: Path) -> Path:
         say("  already there")
         return datasets
     say("  reading the documentation of this Python")
-    with Watcher() as watcher:
+    with PreparationWatcher() as watcher:
         made = data.prepare(["python-docs"], settings, watcher)
     for item in made:
         say(f"  {summary(item.manifest)}", style="dim")
@@ -102,7 +102,7 @@ def prepare(root: Path) -> Path:
 
 def pretrain(root: Path, datasets: Path, config: QuickstartConfig) -> Path:
     """A base model; returns its run."""
-    from nope_gpt.cli.watching import Watcher
+    from nope_gpt.cli.watching import TrainingWatcher
     from nope_gpt.training import pretraining
 
     settings = PretrainConfig(
@@ -115,12 +115,12 @@ def pretrain(root: Path, datasets: Path, config: QuickstartConfig) -> Path:
         }
     )
     announce("pretrain", settings, preset="tiny")
-    return pretraining.pretrain(settings, [Watcher("pretrain")], resume=True)
+    return pretraining.pretrain(settings, [TrainingWatcher("pretrain")], resume=True)
 
 
 def tune(root: Path, datasets: Path, base: Path, config: QuickstartConfig) -> Path:
     """An assistant; returns its run."""
-    from nope_gpt.cli.watching import Watcher
+    from nope_gpt.cli.watching import TrainingWatcher
     from nope_gpt.training import tuning
 
     settings = TuneConfig(
@@ -134,7 +134,7 @@ def tune(root: Path, datasets: Path, base: Path, config: QuickstartConfig) -> Pa
         }
     )
     announce("tune", settings, preset="tiny")
-    return tuning.tune(settings, [Watcher("tune")], resume=True)
+    return tuning.tune(settings, [TrainingWatcher("tune")], resume=True)
 
 
 def export(root: Path, tuned: Path) -> Path:

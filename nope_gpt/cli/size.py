@@ -12,7 +12,7 @@ from nope_gpt.cli.tables import markdown, text
 from nope_gpt.cli.terminal import result
 from nope_gpt.config import ModelConfig, SizeConfig
 from nope_gpt.errors import UsageError
-from nope_gpt.sizing.calibration import store
+from nope_gpt.sizing.measurements import store
 from nope_gpt.sizing.memory import training_memory, usable_memory
 from nope_gpt.sizing.plans import Planner
 from nope_gpt.sizing.report import (

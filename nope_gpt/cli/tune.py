@@ -34,7 +34,7 @@ def command(config: TuneConfig, resume: bool | Path, gpus: int | None, json: boo
 
     - `nope tune --extend 2x --model runs/pretrain`
     """
-    from nope_gpt.cli.watching import Watcher
+    from nope_gpt.cli.watching import TrainingWatcher
     from nope_gpt.training.extending import extend
     from nope_gpt.training.tuning import tune
 
@@ -47,14 +47,14 @@ def command(config: TuneConfig, resume: bool | Path, gpus: int | None, json: boo
         launch(config, gpus, more)
         return
     verb = extend if config.extend else tune
-    path = verb(config, [Watcher("tune")], resume=resume)
+    path = verb(config, [TrainingWatcher("tune")], resume=resume)
     result_of_ranks(str(path), {"run": str(path)}, json)
 
 
 def source_of(config: TuneConfig) -> str | None:
     """What --dataset names, if that is to be prepared: a file, or a data set of the Hub."""
     from nope_gpt.data.catalog import known_collection
-    from nope_gpt.files.artifacts import MANIFEST
+    from nope_gpt.files.artefacts import MANIFEST
 
     name = config.dataset
     if name is None or (Path(config.dataset_path).expanduser() / name / MANIFEST).is_file():
@@ -68,7 +68,7 @@ def prepared(source: str, config: TuneConfig) -> str:
     Raises:
         UsageError: Several ranks would do it, or it is text.
     """
-    from nope_gpt.cli.prepare import Watcher, estimated
+    from nope_gpt.cli.preparing import PreparationWatcher, estimated
     from nope_gpt.data import prepare as data
     from nope_gpt.data.catalog import known_collection
     from nope_gpt.data.documents import TEXT
@@ -89,7 +89,7 @@ def prepared(source: str, config: TuneConfig) -> str:
         )
     say(f"preparing {source} with the tokenizer of {config.model}")
     say(estimated(data.dry_run([source], settings)), style="dim")
-    with Watcher() as watcher:
+    with PreparationWatcher() as watcher:
         made = data.prepare([source], settings, watcher)
     is_text = config.extend is not None
     fitting = [item for item in made if (item.manifest["content"] == TEXT) == is_text]

@@ -11,7 +11,7 @@ from nope_gpt.cli.terminal import Pace, progress_bar, say, talk
 from nope_gpt.training.reporting import EvaluationReport, Listener, Plan, StepReport
 
 
-class Watcher(Listener):
+class TrainingWatcher(Listener):
     """Shows a run's plan, loss, speed, time left, evaluations and checkpoints."""
 
     def __init__(self, title: str) -> None:

@@ -19,15 +19,8 @@ from nope_gpt.data.shards import Dataset
 from nope_gpt.data.staging import Json, Staging
 from nope_gpt.data.units import HOLDOUT_RULE, Unit, documents_file
 from nope_gpt.errors import MissingError, NopeError
-from nope_gpt.files.artifacts import (
-    FORMAT_VERSION,
-    MANIFEST,
-    describe,
-    replace_directory,
-    sync,
-    write_json,
-    writing,
-)
+from nope_gpt.files.artefacts import FORMAT_VERSION, MANIFEST, describe, replace_directory
+from nope_gpt.files.writing import sync, write_json, writing
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 

@@ -23,7 +23,7 @@ from nope_gpt.data.schedule import Group
 from nope_gpt.data.sources import File, Source
 from nope_gpt.data.staging import Staging, read
 from nope_gpt.errors import UsageError
-from nope_gpt.files.artifacts import write_json
+from nope_gpt.files.writing import write_json
 
 
 class Corpus:

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nope_gpt.errors import NetworkError
-from nope_gpt.files.artifacts import sync, writing
+from nope_gpt.files.writing import sync, writing
 from nope_gpt.hub.remote import contacting
 
 ATTEMPTS = 8

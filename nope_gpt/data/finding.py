@@ -8,7 +8,8 @@ from nope_gpt.data.documents import CHAT, PREFERENCE, TEXT
 from nope_gpt.data.shards import Dataset
 from nope_gpt.data.staging import SUFFIX
 from nope_gpt.errors import MissingError, UsageError
-from nope_gpt.files.artifacts import MANIFEST, is_leftover
+from nope_gpt.files.artefacts import MANIFEST
+from nope_gpt.files.writing import is_leftover
 
 FINEWEB = ("sample-10BT", "r50k_base")
 """The subset and the encoding that `nope pretrain` takes if it is prepared."""

@@ -24,7 +24,7 @@ from nope_gpt.data.reading import (
 )
 from nope_gpt.data.sources import STANDARD_INPUT, File, Share, Source, stamp_of
 from nope_gpt.errors import MissingError, NopeError, UsageError
-from nope_gpt.files.artifacts import write_file, writing
+from nope_gpt.files.writing import write_file, writing
 
 PYTHON_DOCS = "python-docs"
 

@@ -23,7 +23,8 @@ from nope_gpt.data.schedule import FILES_AHEAD, Group
 from nope_gpt.data.sources import STANDARD_INPUT, Source
 from nope_gpt.data.staging import SUFFIX, Part
 from nope_gpt.errors import CapacityError, UsageError
-from nope_gpt.files.artifacts import FORMAT_VERSION, is_leftover, nearest_directory, plain
+from nope_gpt.files.artefacts import FORMAT_VERSION
+from nope_gpt.files.writing import is_leftover, nearest_directory, plain
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 UNPACKED = 1.64

@@ -35,7 +35,8 @@ from nope_gpt.data.sources import STANDARD_INPUT
 from nope_gpt.data.staging import SUFFIX, Staging
 from nope_gpt.data.units import Recipe, tokenizer_in
 from nope_gpt.errors import Interrupted, NopeError, UsageError
-from nope_gpt.files.artifacts import MANIFEST, is_kind, writing
+from nope_gpt.files.artefacts import MANIFEST, is_kind
+from nope_gpt.files.writing import writing
 from nope_gpt.signals import StopRequest, exit_code_of
 
 TRAINING_TEXT = 64 * 1000 * 1000

@@ -43,7 +43,7 @@ from nope_gpt.data.units import (
     stream_files,
 )
 from nope_gpt.errors import CapacityError
-from nope_gpt.files.artifacts import sync, writing
+from nope_gpt.files.writing import sync, writing
 
 FILES_AHEAD = 3
 """Groups of files that are fetched before they are needed."""

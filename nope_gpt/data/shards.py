@@ -22,8 +22,9 @@ from nope_gpt.data.documents import CHAT, CONTENTS, PREFERENCE, TEXT
 from nope_gpt.data.encoding import EncodedDocument, Tokens, token_dtype
 from nope_gpt.data.report import SOURCE, STATISTICS, used_sources
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.files.artifacts import MANIFEST, array_file, read_manifest
+from nope_gpt.files.artefacts import MANIFEST, read_manifest
 from nope_gpt.files.json_files import Pattern, check
+from nope_gpt.files.writing import array_file
 
 RECIPE = {"sources": [SOURCE]}
 NEEDED = {

@@ -27,8 +27,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.files.artifacts import sync, write_json, writing
 from nope_gpt.files.json_files import DAMAGE, read_json
+from nope_gpt.files.writing import sync, write_json, writing
 
 SUFFIX = ".partial"
 POLL_SECONDS = 0.2

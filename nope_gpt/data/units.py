@@ -32,7 +32,7 @@ from nope_gpt.data.encoding import EncodedDocument, Limit, encode, token_dtype
 from nope_gpt.data.reading import Span, rows, where_of
 from nope_gpt.data.shards import Part, write_shard
 from nope_gpt.data.sources import File
-from nope_gpt.files.artifacts import writing
+from nope_gpt.files.writing import writing
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 UNIT_SIZE = 256 * 1000 * 1000

@@ -21,9 +21,9 @@ from torch import Tensor
 from nope_gpt.adaptation.reach import sharpened
 from nope_gpt.config import EvaluateConfig
 from nope_gpt.errors import UsageError
+from nope_gpt.evaluation.evaluating import Plan
 from nope_gpt.evaluation.lengths import Estimate, windowed_losses
-from nope_gpt.evaluation.network import OwnNetwork
-from nope_gpt.evaluation.report import Plan
+from nope_gpt.evaluation.scorers import OwnScorer
 from nope_gpt.hub import storage
 from nope_gpt.model import NoPEGPT
 from nope_gpt.network.sharpening import NONE, Sharpening
@@ -155,12 +155,12 @@ def calibrate(
             f"{FEWEST} are needed to choose on some and judge on others",
             hint="a longer text, more --num-tokens, or a lower --lengths",
         )
-    network = OwnNetwork(model)
+    scorer = OwnScorer(model)
     chosen_on, judged_on = spans[::2], spans[1::2]
 
     def means(some: Tensor, length: int, how: Sharpening) -> Tensor:
         with sharpened(model, how, trained_length):
-            return windowed_losses(network, some, length, advance).mean(dim=1)
+            return windowed_losses(scorer, some, length, advance).mean(dim=1)
 
     choices = []
     for length in lengths:

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from nope_gpt.config import EvaluateConfig
 from nope_gpt.device import resolve_device, resolve_precision
 from nope_gpt.errors import NopeError, UsageError, first_line
-from nope_gpt.evaluation.network import beginning_with
+from nope_gpt.evaluation.scorers import beginning_with
 from nope_gpt.network.cross_entropy import IGNORED
 from nope_gpt.network.sharpening import NONE, Sharpening
 
 
-class ForeignNetwork:
+class ForeignScorer:
     """A causal language model of the transformers library.
 
     Args:
@@ -87,7 +87,7 @@ class ForeignTokenizer:
         return len(text.encode())
 
 
-def open_foreign(config: EvaluateConfig) -> tuple[ForeignNetwork, ForeignTokenizer, int | None]:
+def open_foreign(config: EvaluateConfig) -> tuple[ForeignScorer, ForeignTokenizer, int | None]:
     """Load a model by the transformers library, its tokenizer, and how long its contexts were.
 
     No code of the model's is run, and nothing pickled is read.
@@ -113,8 +113,8 @@ def open_foreign(config: EvaluateConfig) -> tuple[ForeignNetwork, ForeignTokeniz
         ) from None
     length = getattr(model.config, "max_position_embeddings", None)
     vocabulary = ForeignTokenizer(tokenizer)
-    network = ForeignNetwork(model.eval().to(device), vocabulary.first_token)
-    return network, vocabulary, length
+    scorer = ForeignScorer(model.eval().to(device), vocabulary.first_token)
+    return scorer, vocabulary, length
 
 
 def refuse_impossible(config: EvaluateConfig) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nope_gpt.errors import UsageError
-from nope_gpt.evaluation.network import Network
+from nope_gpt.evaluation.scorers import Scorer
 
 TOKENS_AT_A_TIME = 16_384
 """Of all windows of a batch."""
@@ -100,12 +100,12 @@ def spans_of(tokens: Tensor, length: int, count: int) -> Tensor:
 
 
 def windowed_losses(
-    network: Network, spans: Tensor, length: int, advance: Advance = lambda _: None
+    scorer: Scorer, spans: Tensor, length: int, advance: Advance = lambda _: None
 ) -> Tensor:
     """The loss of every target of the spans, each seeing at most the window it is in.
 
     Args:
-        network: What predicts.
+        scorer: What predicts.
         spans: [N, M + 1], M a multiple of the length.
         length: T.
         advance: Told of progress.
@@ -117,14 +117,14 @@ def windowed_losses(
     size = max(TOKENS_AT_A_TIME // length, 1)
     found = []
     for some, right in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
-        losses = network.losses(some.to(network.device), right.to(network.device))
+        losses = scorer.losses(some.to(scorer.device), right.to(scorer.device))
         found.append(losses.float().cpu())
         advance(some.numel())
     return torch.cat(found).view(len(spans), -1)
 
 
 def sliding_losses(
-    network: Network,
+    scorer: Scorer,
     spans: Tensor,
     length: int,
     stride: int,
@@ -136,7 +136,7 @@ def sliding_losses(
     et al. 2021, appendix B), but for those of the first one.
 
     Args:
-        network: What predicts.
+        scorer: What predicts.
         spans: [N, M + 1].
         length: T.
         stride: Tokens, at most T.
@@ -152,8 +152,8 @@ def sliding_losses(
     for end in [*range(length, longest, stride), longest]:
         window = spans[:, max(end - length, 0) : end + 1]
         for rows in torch.split(torch.arange(len(spans)), size):
-            some = window[rows].to(network.device)
-            own = network.losses(some[:, :-1], some[:, 1:]).float().cpu()
+            some = window[rows].to(scorer.device)
+            own = scorer.losses(some[:, :-1], some[:, 1:]).float().cpu()
             losses[rows, scored:end] = own[:, scored - end :]
             advance(some.size(0) * (end - scored))
         scored = end

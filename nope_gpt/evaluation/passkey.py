@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from nope_gpt.errors import UsageError
-from nope_gpt.evaluation.network import Network, Vocabulary
+from nope_gpt.evaluation.scorers import Scorer, Vocabulary
 
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
@@ -84,17 +84,17 @@ def probe(
     return Probe(tokens, answer)
 
 
-def finds(network: Network, probe: Probe) -> bool:
+def finds(scorer: Scorer, probe: Probe) -> bool:
     """Whether the greedy continuation of the text is the number."""
-    device = network.device
+    device = scorer.device
     right = torch.tensor(probe.answer, device=device)
     read = torch.tensor([*probe.tokens, *probe.answer[:-1]], device=device)
-    logits = network.last_logits(read[None], len(right))[0]
+    logits = scorer.last_logits(read[None], len(right))[0]
     return bool((logits.argmax(dim=-1) == right).all())
 
 
 def found_by_depth(
-    network: Network,
+    scorer: Scorer,
     tokenizer: Vocabulary,
     filler: Sequence[int],
     lengths: Sequence[int],
@@ -107,7 +107,7 @@ def found_by_depth(
     """Try several numbers at several depths of several lengths.
 
     Args:
-        network: What is asked.
+        scorer: What is asked.
         tokenizer: Of the model.
         filler: Tokens of a text.
         lengths: In tokens.
@@ -118,13 +118,13 @@ def found_by_depth(
     """
     result = []
     for length in lengths:
-        with network.planned(length):
+        with scorer.planned(length):
             for place in range(num_depths):
                 depth = place / max(num_depths - 1, 1)
                 hits = 0
                 for number in range(num_keys):
                     asked = probe(tokenizer, filler, length, depth, f"{seed} {place} {number}")
-                    hits += finds(network, asked)
+                    hits += finds(scorer, asked)
                     advance(length)
                 result.append(Found(length, depth, hits / num_keys))
     return result

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt.errors import NopeError
-from nope_gpt.evaluation.report import Evaluation
-from nope_gpt.files.artifacts import write_file, write_json
+from nope_gpt.evaluation.evaluating import Evaluation
 from nope_gpt.files.json_files import DAMAGE, read_json
+from nope_gpt.files.writing import write_file, write_json
 from nope_gpt.hub import storage
 from nope_gpt.hub.history import STATE
 from nope_gpt.hub.locating import RUN, step_of

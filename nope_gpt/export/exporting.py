@@ -20,15 +20,8 @@ from nope_gpt.export.llama_cpp import LlamaCppReader
 from nope_gpt.export.readers import OwnReader, Reader, TransformersReader
 from nope_gpt.export.record import Record, Report
 from nope_gpt.export.source import Source, open_source
-from nope_gpt.files.artifacts import (
-    PARITY,
-    describe,
-    publish,
-    refuse_existing,
-    refuse_small_disk,
-    write_file,
-    write_json,
-)
+from nope_gpt.files.artefacts import PARITY, describe, publish, refuse_existing
+from nope_gpt.files.writing import refuse_small_disk, write_file, write_json
 from nope_gpt.hub import storage
 from nope_gpt.hub.locating import HISTORY
 from nope_gpt.hub.transformers_layout import ARCEE, LLAMA

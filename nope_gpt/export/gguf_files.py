@@ -21,7 +21,7 @@ from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.export.chat_template import GO, jinja
 from nope_gpt.export.llama_cpp import QUANTIZER, find_quantizer, quantizations, quantize
 from nope_gpt.export.source import Source
-from nope_gpt.files.artifacts import write_file, writing
+from nope_gpt.files.writing import write_file, writing
 from nope_gpt.hub.storage import SavedModel
 from nope_gpt.hub.transformers_layout import FACTOR
 from nope_gpt.network.blocks import NORM_EPSILON

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from nope_gpt.errors import NopeError
-from nope_gpt.files.artifacts import DESCRIPTION, PARITY, write_json
+from nope_gpt.files.artefacts import DESCRIPTION, PARITY
 from nope_gpt.files.json_files import DAMAGE, check, read_json
+from nope_gpt.files.writing import write_json
 
 NUM_CONTINUED = 24
 """Tokens that are continued with."""

@@ -9,7 +9,7 @@ from nope_gpt.config import ChatConfig, GenerateConfig
 from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.hub_files import LARGEST_FILE
 from nope_gpt.export.source import Source
-from nope_gpt.files.artifacts import write_file, write_json
+from nope_gpt.files.writing import write_file, write_json
 from nope_gpt.hub import storage, transformers_layout
 from nope_gpt.hub.locating import CONFIG, TOKENIZER
 from nope_gpt.tokenization.byte_pairs import tokenizer_json

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt.errors import MissingError, NetworkError, NopeError, UsageError
-from nope_gpt.files.artifacts import MANIFEST, read_manifest, verify
+from nope_gpt.files.artefacts import MANIFEST, read_manifest, verify
 from nope_gpt.files.json_files import DAMAGE, check, read_json
 from nope_gpt.hub.remote import contacting
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nope_gpt.errors import MissingError, NetworkError
-from nope_gpt.files.artifacts import writing
+from nope_gpt.files.writing import writing
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NetworkError, NopeError, UsageError
-from nope_gpt.files.artifacts import MANIFEST, describe, write_json, write_tensors
+from nope_gpt.files.artefacts import MANIFEST, describe
 from nope_gpt.files.json_files import DAMAGE, parse_json, read_json
+from nope_gpt.files.writing import write_json, write_tensors
 from nope_gpt.hub import published_layout, transformers_layout
 from nope_gpt.hub.locating import CONFIG, INDEX, WEIGHTS
 from nope_gpt.network import sharpening

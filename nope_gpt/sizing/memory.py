@@ -49,16 +49,11 @@ def inference_memory(
 
 def training_memory(work: Workload) -> MemoryPlan:
     """The bytes at the fullest moment of a training step; `peak` is their sum."""
-    fullest = max(training_moments(work).values(), key=lambda moment: moment.peak)
+    fullest = max(Moments(work).named().values(), key=lambda moment: moment.peak)
     if work.compile == "on":  # Compiled code has some small change of its own.
         scratch = fullest.total // (50 if work.device == "cuda" else 100)
         return dataclasses.replace(fullest, transient=fullest.transient + scratch)
     return fullest
-
-
-def training_moments(work: Workload) -> dict[str, MemoryPlan]:
-    """The bytes at each moment of a training step that can be the fullest, by name."""
-    return Moments(work).named()
 
 
 def snapshot(work: Workload) -> int:

@@ -208,7 +208,7 @@ def expense_in_words(machine: Machine, found: dict[str, Any]) -> list[tuple[str,
     """Time, energy and cost, as far as they are known."""
     if "seconds" not in found:
         return [("time", "n/a: name the device with --gpu, or measure it with --measure")]
-    measured = machine.calibration
+    measured = machine.measurement
     share = f"as measured on {measured.device}" if measured else ""
     share = share or f"at {machine.utilization:.0%} of the peak"
     rows = [("time", f"{format_seconds(found['seconds'])} {share}")]

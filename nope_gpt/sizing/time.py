@@ -6,10 +6,10 @@ import dataclasses
 
 from nope_gpt.config import SizeConfig, Workload
 from nope_gpt.errors import UsageError
-from nope_gpt.sizing import calibration
+from nope_gpt.sizing import measurements
 from nope_gpt.sizing.arithmetic import training_flops_per_token
-from nope_gpt.sizing.calibration import Calibration
 from nope_gpt.sizing.hardware import GPUS, known_gpu
+from nope_gpt.sizing.measurements import Measurement
 
 RECOMPUTED = 1 / 3
 """Of the operations, that a recomputed block adds: its forward pass a second time."""
@@ -25,7 +25,7 @@ class Machine:
         watts: Of each, or None.
         memory: Of each in bytes, or None.
         count: How many there are.
-        calibration: What was measured on it, which goes before what is assumed.
+        measurement: What was measured on it, which goes before what is assumed.
     """
 
     flops: float | None = None
@@ -33,7 +33,7 @@ class Machine:
     watts: int | None = None
     memory: int | None = None
     count: int = 1
-    calibration: Calibration | None = None
+    measurement: Measurement | None = None
 
     @classmethod
     def of(cls, config: SizeConfig) -> Machine:
@@ -52,7 +52,7 @@ class Machine:
             )
         if flops is None and gpu is not None:
             flops = gpu.flops
-        measured = calibrated(config)
+        measured = measured_of(config)
         if (
             flops is None
             and measured is None
@@ -69,20 +69,20 @@ class Machine:
             watts=gpu.watts if gpu else None,
             memory=gpu.memory if gpu else None,
             count=config.gpus,
-            calibration=measured,
+            measurement=measured,
         )
 
     @property
     def speed(self) -> float | None:
         """Operations a second that training gets of each device, as PaLM counts them."""
-        if self.calibration:
-            return self.calibration.flops
+        if self.measurement:
+            return self.measurement.flops
         return None if self.flops is None else self.flops * self.utilization
 
     @property
     def memory_ratio(self) -> float:
         """Measured bytes to calculated ones."""
-        return self.calibration.memory_ratio if self.calibration else 1.0
+        return self.measurement.memory_ratio if self.measurement else 1.0
 
     def seconds(self, work: Workload, tokens: int) -> float | None:
         """To train on some tokens, or None for a device that nobody knows."""
@@ -101,12 +101,12 @@ class Machine:
         return price * self.count * seconds / 3600
 
 
-def calibrated(config: SizeConfig) -> Calibration | None:
+def measured_of(config: SizeConfig) -> Measurement | None:
     """What was measured on the device that a config means, with its precision."""
     if config.peak_tflops is not None or (config.device == "cuda" and config.gpu is None):
         return None
-    for name, found in calibration.known().items():
-        same = name == calibration.own_cpu() if config.device == "cpu" else False
+    for name, found in measurements.known().items():
+        same = name == measurements.own_cpu() if config.device == "cpu" else False
         gpu = known_gpu(config.gpu) if config.gpu else None
         same = same or (gpu is not None and known_gpu(name) == gpu)
         if same and found.precision == config.precision:

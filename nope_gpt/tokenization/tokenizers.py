@@ -21,7 +21,7 @@ import tiktoken
 
 from nope_gpt.config import CONTROL_TOKENS, ENCODINGS
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.files.artifacts import write_file
+from nope_gpt.files.writing import write_file
 from nope_gpt.hub.locating import RANKS, TOKENIZER, locate
 from nope_gpt.memory import Message
 from nope_gpt.tokenization import encodings

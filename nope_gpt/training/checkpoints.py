@@ -17,15 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from nope_gpt.errors import MissingError, NopeError
-from nope_gpt.files.artifacts import (
-    FORMAT_VERSION,
-    publish,
-    read_manifest,
-    refuse_small_disk,
-    write_json,
-    write_tensors,
-)
+from nope_gpt.files.artefacts import FORMAT_VERSION, publish, read_manifest
 from nope_gpt.files.json_files import DAMAGE, check, read_json
+from nope_gpt.files.writing import refuse_small_disk, write_json, write_tensors
 from nope_gpt.hub import storage
 from nope_gpt.hub.history import STATE
 from nope_gpt.hub.locating import Tell, checkpoints_in, newest_checkpoint, step_of, untold

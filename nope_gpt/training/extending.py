@@ -25,7 +25,7 @@ from nope_gpt.data.shards import Dataset
 from nope_gpt.device import autocast, resolve_precision
 from nope_gpt.errors import UsageError
 from nope_gpt.evaluation.calibration import SCALES
-from nope_gpt.files.artifacts import write_tensors
+from nope_gpt.files.writing import write_tensors
 from nope_gpt.hub import storage
 from nope_gpt.hub.locating import locate
 from nope_gpt.model import NoPEGPT

@@ -20,20 +20,20 @@ from nope_gpt.config import TrainingConfig
 from nope_gpt.data.batches import Batch, Batches
 from nope_gpt.device import autocast, memory_in_use, seed_of
 from nope_gpt.errors import Interrupted, NopeError
-from nope_gpt.files.artifacts import write_json
+from nope_gpt.files.writing import write_json
 from nope_gpt.hub import storage
 from nope_gpt.hub.locating import RUN
 from nope_gpt.model import NoPEGPT
 from nope_gpt.signals import StopRequest, exit_code_of
 from nope_gpt.training import checkpoints, distribution, state
 from nope_gpt.training.checkpoints import Progress, Saver, Snapshot, Tensors
-from nope_gpt.training.continuing import Sampler
 from nope_gpt.training.guards import MOST_REWINDS, Verdict, judge
 from nope_gpt.training.learner import Learner
-from nope_gpt.training.objectives import CrossEntropy, Objective, Outcome, held_out
+from nope_gpt.training.objectives import CrossEntropy, Objective, Outcome, summed
 from nope_gpt.training.prefetching import Prefetcher
 from nope_gpt.training.reporting import EvaluationReport, Listener, StepReport
 from nope_gpt.training.runs import Launch, Run
+from nope_gpt.training.sampler import Sampler
 from nope_gpt.training.schedules import rate_fraction, sample_length
 
 
@@ -292,7 +292,7 @@ class Trainer(Learner):
     def evaluate(self) -> None:
         """Compute the loss of the hold-out, shared among the ranks."""
         objective = self.job.objective
-        own = held_out(
+        own = summed(
             objective,
             self.network,
             (

@@ -25,13 +25,12 @@ from nope_gpt.config import ModelConfig, PretrainConfig, Workload
 from nope_gpt.data.batches import Batch
 from nope_gpt.device import Ranks
 from nope_gpt.errors import CapacityError
-from nope_gpt.files.artifacts import write_json, writing
 from nope_gpt.model import NoPEGPT
 from nope_gpt.network.recall import Recall
-from nope_gpt.sizing import calibration
+from nope_gpt.sizing import measurements
 from nope_gpt.sizing.arithmetic import training_flops_per_token
-from nope_gpt.sizing.calibration import Calibration
 from nope_gpt.sizing.holdings import NEW_ROWS
+from nope_gpt.sizing.measurements import Measurement
 from nope_gpt.sizing.memory import training_memory
 from nope_gpt.training import compilation
 from nope_gpt.training.distribution import synchronizing
@@ -101,7 +100,7 @@ def rehearsed_peak(work: Workload, device: torch.device) -> int:
     return live.peak
 
 
-def measured(work: Workload, device: torch.device) -> Calibration:
+def measured(work: Workload, device: torch.device) -> Measurement:
     """Train some real steps on a device, note what they took, and return it.
 
     Raises:
@@ -120,8 +119,8 @@ def measured(work: Workload, device: torch.device) -> Calibration:
     tokens = tokens_of_step(work)
     flops = tokens * training_flops_per_token(work, work.tokens_per_sample, causal=False)
     is_gpu = device.type == "cuda"
-    found = Calibration(
-        device=torch.cuda.get_device_name(device) if is_gpu else calibration.own_cpu(),
+    found = Measurement(
+        device=torch.cuda.get_device_name(device) if is_gpu else measurements.own_cpu(),
         peak=peak,
         calculated=training_memory(work).peak,
         tokens_per_second=tokens / seconds,
@@ -129,11 +128,7 @@ def measured(work: Workload, device: torch.device) -> Calibration:
         precision=work.precision,
         torch=torch.__version__,
     )
-    every = calibration.known() | {found.device: found}
-    path = calibration.store()
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {name: each.as_dict() for name, each in every.items()})
+    measurements.keep(found)
     return found
 
 

@@ -131,7 +131,7 @@ class Preference:
         return batch.num_documents // 2
 
     def outcome(self, network: nn.Module, batch: Batch) -> Outcome:
-        with torch.no_grad(), lora.left_out(self.model):
+        with torch.no_grad(), lora.adapters_off(self.model):
             before = self.log_probabilities(network, batch)
         rewards = self.beta * (self.log_probabilities(network, batch) - before)  # [P, 2]
         chosen, rejected = rewards.unbind(dim=1)
@@ -158,7 +158,7 @@ class Preference:
 
 
 @torch.no_grad()
-def held_out(
+def summed(
     objective: Objective,
     network: nn.Module,
     batches: Iterable[Batch],

@@ -13,7 +13,7 @@ from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.shards import Dataset
 from nope_gpt.device import Ranks, peak_flops, resolve_device, resolve_precision
-from nope_gpt.files.artifacts import write_tensors
+from nope_gpt.files.writing import write_tensors
 from nope_gpt.hub import storage
 from nope_gpt.model import NoPEGPT
 from nope_gpt.network import initialization
@@ -23,7 +23,6 @@ from nope_gpt.sizing.memory import training_memory
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.checkpoints import read_tensors
 from nope_gpt.training.compilation import compile_network
-from nope_gpt.training.continuing import Sampler
 from nope_gpt.training.distribution import refuse_impossible, shared
 from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
@@ -31,6 +30,7 @@ from nope_gpt.training.objectives import CrossEntropy, Recalling
 from nope_gpt.training.planning import DryRun, explaining_memory, fitted, workload
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import Resume, begun, launched
+from nope_gpt.training.sampler import Sampler
 
 
 def pretrain(config: PretrainConfig, listeners: list[Listener], *, resume: Resume = False) -> Path:

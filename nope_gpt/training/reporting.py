@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nope_gpt.files.artifacts import write_file, writing
+from nope_gpt.files.writing import write_file, writing
 from nope_gpt.hub.history import METRICS, logged
 
 CROSS_ENTROPY = "Cross Entropy"

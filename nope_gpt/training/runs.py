@@ -18,15 +18,8 @@ from nope_gpt import __version__
 from nope_gpt.config import TrainingConfig
 from nope_gpt.device import Ranks, draw_seed, resolve_device, reuse_freed_memory
 from nope_gpt.errors import MissingError, NopeError, UsageError
-from nope_gpt.files.artifacts import (
-    is_leftover,
-    plain,
-    read_manifest,
-    verify,
-    write_file,
-    write_json,
-    writing,
-)
+from nope_gpt.files.artefacts import read_manifest, verify
+from nope_gpt.files.writing import is_leftover, plain, write_file, write_json, writing
 from nope_gpt.hub.history import STATE
 from nope_gpt.hub.locating import HOLDER, LOCK, RUN, checkpoints_in, read_run, step_of
 from nope_gpt.training import checkpoints, distribution

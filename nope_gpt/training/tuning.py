@@ -27,7 +27,6 @@ from nope_gpt.hub.published_layout import TIED
 from nope_gpt.hub.storage import SavedModel
 from nope_gpt.model import NoPEGPT
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
-from nope_gpt.training.continuing import Sampler
 from nope_gpt.training.distribution import shared
 from nope_gpt.training.execution import execute
 from nope_gpt.training.loop import Job
@@ -35,6 +34,7 @@ from nope_gpt.training.objectives import CrossEntropy, Objective, Preference
 from nope_gpt.training.planning import explaining_memory, fitted
 from nope_gpt.training.reporting import Listener
 from nope_gpt.training.runs import Resume, begun, launched
+from nope_gpt.training.sampler import Sampler
 
 
 def tune(config: TuneConfig, listeners: list[Listener], *, resume: Resume = False) -> Path:

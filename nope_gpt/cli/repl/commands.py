@@ -14,7 +14,7 @@ from nope_gpt.chat import transcripts
 from nope_gpt.cli.terminal import say
 from nope_gpt.config import ChatConfig, knobs
 from nope_gpt.errors import UsageError
-from nope_gpt.files.artifacts import write_file
+from nope_gpt.files.writing import write_file
 
 if TYPE_CHECKING:
     from nope_gpt.chat.session import Window

@@ -23,8 +23,8 @@ from nope_gpt.evaluation.lengths import (
     spans_of,
     windowed_losses,
 )
-from nope_gpt.evaluation.network import Network, OwnNetwork, Vocabulary
 from nope_gpt.evaluation.passkey import Found, found_by_depth, probe
+from nope_gpt.evaluation.scorers import OwnScorer, Scorer, Vocabulary
 from nope_gpt.network.sharpening import NONE, Sharpening, as_setting
 
 ENTROPY_POINTS = 24
@@ -134,7 +134,7 @@ class Plan:
 
 
 def evaluate(
-    network: Network,
+    scorer: Scorer,
     tokenizer: Vocabulary,
     text: Tensor,
     trained_length: int,
@@ -144,7 +144,7 @@ def evaluate(
     """Measure a model on a text.
 
     Args:
-        network: The model.
+        scorer: The model.
         tokenizer: Of the model.
         text: Tokens [.].
         trained_length: Of the context, in tokens.
@@ -160,15 +160,15 @@ def evaluate(
     advance = started(plan.work)
     losses, sharpenings = {}, {}
     for length in plan.lengths:
-        with network.planned(length) as found:
-            losses[length] = windowed_losses(network, plan.spans, length, advance)
+        with scorer.planned(length) as found:
+            losses[length] = windowed_losses(scorer, plan.spans, length, advance)
         if found != NONE:
             sharpenings[length] = found
-    sliding = sliding_losses(network, plan.spans, trained_length, plan.stride, advance)
+    sliding = sliding_losses(scorer, plan.spans, trained_length, plan.stride, advance)
     passkeys = []
     if config.passkey_keys:
         passkeys = found_by_depth(
-            network,
+            scorer,
             tokenizer,
             plan.spans[0, 1:].tolist(),
             plan.lengths,
@@ -185,20 +185,20 @@ def evaluate(
         lengths=by_length(losses),
         sliding=Estimate.of(sliding.mean(dim=1)),
         passkeys=passkeys,
-        entropies=entropies(network, plan.spans[:1, : max(plan.lengths)]),
+        entropies=entropies(scorer, plan.spans[:1, : max(plan.lengths)]),
         sharpenings=sharpenings,
     )
 
 
-def entropies(network: Network, tokens: Tensor) -> list[tuple[int, float]]:
+def entropies(scorer: Scorer, tokens: Tensor) -> list[tuple[int, float]]:
     """Of our own models, how spread out attention is at some positions."""
-    if not isinstance(network, OwnNetwork):
+    if not isinstance(scorer, OwnScorer):
         return []
     positions = log_spaced(tokens.size(1))
-    places = torch.tensor(positions, device=network.device)
-    tokens = network.begun(tokens.to(network.device))
-    with network.planned(tokens.size(1)):
-        found = attention_entropies(network.model, tokens, places)
+    places = torch.tensor(positions, device=scorer.device)
+    tokens = scorer.begun(tokens.to(scorer.device))
+    with scorer.planned(tokens.size(1)):
+        found = attention_entropies(scorer.model, tokens, places)
     return list(zip(positions, found.mean(dim=(0, 1)).tolist(), strict=True))
 
 

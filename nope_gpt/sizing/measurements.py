@@ -11,10 +11,11 @@ from typing import Any
 
 from nope_gpt.files.json_files import DAMAGE, read_json
 from nope_gpt.files.places import cache_directory
+from nope_gpt.files.writing import write_json
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
+class Measurement:
     """Some real steps on a device.
 
     Attributes:
@@ -54,13 +55,23 @@ def own_cpu() -> str:
 
 
 def store() -> Path:
-    """The file of all calibrations of this user."""
+    """The file of all that this user measured."""
     return cache_directory() / "calibrations.json"
 
 
-def known() -> dict[str, Calibration]:
-    """The calibrations by device; those of a damaged file are gone."""
+def known() -> dict[str, Measurement]:
+    """What was measured, by device; what a damaged file had is gone."""
     with suppress(*DAMAGE, RuntimeError):  # The last where there is no home.
         found = read_json(store())
-        return {name: Calibration(**values) for name, values in found.items()}
+        return {name: Measurement(**values) for name, values in found.items()}
     return {}
+
+
+def keep(found: Measurement) -> None:
+    """Remember what was measured, instead of what was known of that device.
+
+    Raises:
+        NopeError: It cannot be written.
+    """
+    every = known() | {found.device: found}
+    write_json(store(), {name: each.as_dict() for name, each in every.items()})

@@ -17,7 +17,7 @@ from nope_gpt.model import NoPEGPT
 from nope_gpt.network.sharpening import Sharpening, for_context
 
 
-class Network(Protocol):
+class Scorer(Protocol):
     """A causal language model, of this project or another."""
 
     @property
@@ -37,7 +37,7 @@ class Network(Protocol):
 
 
 class Vocabulary(Protocol):
-    """A network's tokenizer."""
+    """A scorer's tokenizer."""
 
     def tokenize(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -48,7 +48,7 @@ class Vocabulary(Protocol):
         ...
 
 
-class OwnNetwork:
+class OwnScorer:
     """A NoPE GPT.
 
     Args:
