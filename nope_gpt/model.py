@@ -20,7 +20,7 @@ from nope_gpt.config import LOSS_CHUNK, RECALLED_FROM, ModelConfig, SamplingConf
 from nope_gpt.device import refuse_small_memory
 from nope_gpt.errors import UsageError
 from nope_gpt.generation.continuation import continuation, pairs
-from nope_gpt.hub import storage
+from nope_gpt.hub import remote, storage
 from nope_gpt.hub.locating import locate
 from nope_gpt.hub.storage import SavedModel
 from nope_gpt.network import initialization
@@ -389,7 +389,12 @@ class NoPEGPT(nn.Module):
         )
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors in the published layout."""
+        """Write config.json and model.safetensors in the published layout.
+
+        Raises:
+            CapacityError: The disk is full.
+            NopeError: The weights are not finite, or the place cannot be written.
+        """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         storage.save(path, self.saved())
@@ -402,8 +407,10 @@ class NoPEGPT(nn.Module):
             options: `token`, `private`, `commit_message`, `revision`.
 
         Raises:
+            UsageError: The repository cannot have that name, or is public and was to be private.
             NetworkError: The Hub cannot be reached, or refuses.
+            NopeError: The weights are not finite.
         """
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
-            return storage.upload(Path(directory), repo_id, **options)
+            return remote.upload(Path(directory), repo_id, **options)

@@ -11,7 +11,7 @@ import pytest
 from nope_gpt.adaptation import adapters
 from nope_gpt.evaluation import record
 from nope_gpt.files import artefacts
-from nope_gpt.hub import locating, storage
+from nope_gpt.hub import locating, published_layout, storage
 from nope_gpt.hub.history import METRICS, STATE
 from nope_gpt.training.checkpoints import OPTIMIZER, Progress
 from nope_gpt.training.objectives import Preference, Recalling
@@ -53,6 +53,8 @@ def test_every_file_is_named(name: str) -> None:
     assert f"`{name}`" in PAGE
 
 
-@pytest.mark.parametrize("key", [storage.ROTARY, storage.FIRST_TOKEN, "trained_context_length"])
+@pytest.mark.parametrize(
+    "key", [storage.ROTARY, published_layout.FIRST_TOKEN, "trained_context_length"]
+)
 def test_every_key_that_the_published_files_lack_is_named(key: str) -> None:
     assert f"`{key}`" in PAGE

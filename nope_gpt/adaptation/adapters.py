@@ -31,6 +31,7 @@ SETTINGS = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 
 PREFIX = "base_model.model.model."
+OWN_ROWS = "token_embeddings.rows"
 ROWS = f"{PREFIX}embed_tokens.token_adapter.trainable_tokens_delta"
 EMBEDDING = f"{PREFIX}embed_tokens.weight"
 HEAD = "base_model.model.lm_head.weight"
@@ -67,7 +68,7 @@ class Adapter:
 
 def save(path: Path, adapter: Adapter) -> None:
     """Write an adapter into a directory."""
-    rows = adapter.tensors.get("token_embeddings.rows")
+    rows = adapter.tensors.get(OWN_ROWS)
     last = range(
         adapter.vocabulary_size - (0 if rows is None else len(rows)), adapter.vocabulary_size
     )
@@ -143,7 +144,7 @@ def theirs(name: str) -> str:
     """A tensor's name in PEFT's layout."""
     if name == TIED:
         return EMBEDDING
-    if name == "token_embeddings.rows":
+    if name == OWN_ROWS:
         return ROWS
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(\w+\.\w+)\.(\w+)", name)
     assert match is not None
@@ -157,7 +158,7 @@ def ours(name: str) -> str:
         KeyError: It belongs to another network.
     """
     if name in (EMBEDDING, ROWS):
-        return TIED if name == EMBEDDING else "token_embeddings.rows"
+        return TIED if name == EMBEDDING else OWN_ROWS
     modules = {theirs: own for own, theirs in MATRICES.items()}
     parts = {theirs: own for own, theirs in PARTS.items()}
     pattern = rf"{re.escape(PREFIX)}layers\.(\d+)\.(\w+\.\w+)\.(lora_[AB]\.weight)"

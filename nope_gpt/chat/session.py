@@ -176,7 +176,11 @@ class ChatSession:
         return question
 
     def last_question(self) -> int:
-        """Where the last question is."""
+        """Where the last question is.
+
+        Raises:
+            UsageError: Nothing was asked.
+        """
         places = [index for index, m in enumerate(self.messages) if m["role"] == "user"]
         if not places:
             raise UsageError("nothing was asked yet")

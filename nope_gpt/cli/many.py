@@ -15,6 +15,7 @@ from nope_gpt.cli.loading import open_model, prepare_for_context, seed_for
 from nope_gpt.cli.reading import read_text
 from nope_gpt.cli.terminal import Pace, progress_bar, result, say, talk
 from nope_gpt.config import GenerateConfig
+from nope_gpt.data.documents import Refused, messages_of
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.files.json_files import ESCAPED, parse_json
 from nope_gpt.files.writing import writing
@@ -147,7 +148,8 @@ def tokens_of(line: dict[str, Any], tokenizer: BaseTokenizer, where: str) -> lis
     """The prompt of a line.
 
     Raises:
-        NopeError: It has neither a prompt nor messages, or the model knows no turns.
+        NopeError: It has neither a prompt nor messages, or a message is none.
+        UsageError: The model knows no turns.
     """
     if isinstance(line.get("prompt"), str):
         return tokenizer.tokenize(line["prompt"]) or [tokenizer.end_of_text]
@@ -158,12 +160,10 @@ def tokens_of(line: dict[str, Any], tokenizer: BaseTokenizer, where: str) -> lis
         )
     if not isinstance(tokenizer, ChatTokenizer):
         raise UsageError("this is a base model, which was never taught to take turns", where=where)
-    for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise NopeError("a message is no object with a role and a content", where=where)
-    return tokenizer.tokenize_prompt(messages)
+    try:
+        return tokenizer.tokenize_prompt(messages_of(messages))
+    except Refused as error:
+        raise NopeError(f"this line has {error}", where=where) from None
 
 
 class Progress:

@@ -15,7 +15,7 @@ from nope_gpt.errors import UsageError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Knobs):
-    """How the next token is drawn: penalty, then top-k, then temperature, then top-p."""
+    """How the next token is drawn: penalty, bias, then top-k, temperature, top-p, min-p."""
 
     max_tokens: int = knob(2000, "Tokens to generate, at most.", panel=SAMPLING, minimum=1)
     context_length: int = knob(

@@ -173,7 +173,11 @@ class Knobs:
 
 
 def checked(owner: type, field: dataclasses.Field[Any], value: Any) -> Any:
-    """Return a knob's value in its declared type, or refuse it by its flag's name."""
+    """Return a knob's value in its declared type, or refuse it by its flag's name.
+
+    Raises:
+        UsageError: It is no such value; says what is.
+    """
     kind, optional = kind_of(owner, field.name)
     if value is None and optional:
         return None
@@ -211,6 +215,9 @@ def known_fields(config_type: type[T], values: Mapping[str, Any], where: str) ->
     """Map flag or field names of a file or preset to fields, refusing unknown ones.
 
     Settings without effect are left out.
+
+    Raises:
+        UsageError: One is not known.
     """
     names: dict[str, str] = {}
     for field in dataclasses.fields(config_type):

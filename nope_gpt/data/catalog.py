@@ -58,6 +58,7 @@ class Collection:
         subsets: All of them, by name.
         label: What a prepared data set is called after.
         family: A pattern of further names, and of the files of each.
+        aliases: Other names of subsets.
     """
 
     repo_id: str
@@ -142,7 +143,12 @@ def is_hub_id(name: str) -> bool:
 
 
 def revision_of(repo_id: str, revision: str | None) -> str:
-    """The commit that a branch or tag, or the newest state, stands for now."""
+    """The commit that a branch or tag, or the newest state, stands for now.
+
+    Raises:
+        MissingError: There is no such data set or revision.
+        NetworkError: The Hub cannot be reached.
+    """
     from huggingface_hub import HfApi
 
     with contacting("data set", repo_id, OFFLINE):
@@ -241,6 +247,7 @@ def files_of(repo_id: str, revision: str, subset: Subset, split: str) -> list[Re
 
     Raises:
         MissingError: There are none that can be read.
+        NetworkError: The Hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -333,6 +340,7 @@ def choose(collections: list[Collection], wanted: str | None) -> Choice:
 
     Raises:
         MissingError: A name is unknown; lists those that exist.
+        UsageError: One must be named, or one is named twice.
     """
     chosen: Choice = {item.repo_id: [] for item in collections}
     for word in (wanted or "").split(","):

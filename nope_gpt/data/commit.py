@@ -103,7 +103,11 @@ def commit(
 
 
 def finished_units(staging: Staging, groups: list[Group]) -> list[Json]:
-    """The records of all units, in the order of the files."""
+    """The records of all units, in the order of the files.
+
+    Raises:
+        MissingError: A group of files is not encoded yet.
+    """
     missing = [group for group in groups if not staging.has_group(group.name)]
     if missing:
         raise MissingError(

@@ -38,7 +38,10 @@ class Request:
 
     Attributes:
         names: Files, directories, `-`, `python-docs`, or data sets on the Hub.
+        text_column: Of tables of text.
         subset: Comma-separated, for the data sets on the Hub.
+        split: Of the data sets on the Hub.
+        revision: Branch, tag or commit of them; None for the newest state.
         known: Sources of an earlier, unfinished or finished preparation: what was pinned
             then is not looked up again.
     """
@@ -169,7 +172,12 @@ def digest_in(record: dict[str, Any]) -> str:
 
 
 def standard_input(spool: Path) -> Source:
-    """What is piped in, kept in a file since it cannot be read again."""
+    """What is piped in, kept in a file since it cannot be read again.
+
+    Raises:
+        UsageError: It is closed.
+        CapacityError: The disk is full.
+    """
     path = spool / "stdin.txt"
     if sys.stdin is None or sys.stdin.closed:
         raise UsageError("standard input is closed", hint="zcat corpus.gz | nope prepare -")
@@ -201,7 +209,12 @@ def written_lines(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 
 def directory_sources(path: Path, text_column: str, note: Callable[[str], None]) -> list[Source]:
-    """The files of a directory: its texts as one source, and each kind of table as one."""
+    """The files of a directory: its texts as one source, and each kind of table as one.
+
+    Raises:
+        MissingError: There is none that can be read.
+        NopeError: One is damaged.
+    """
     files = sorted(files_below(path))
     found = [file for file in files if is_readable(file)]
     if not found:
@@ -241,7 +254,12 @@ def files_below(path: Path) -> Iterator[Path]:
 
 
 def file_source(path: Path, text_column: str) -> Source:
-    """The documents of one file."""
+    """The documents of one file.
+
+    Raises:
+        UsageError: It is of a kind that cannot be read.
+        NopeError: It is damaged.
+    """
     if not is_readable(path):
         raise UsageError(
             f"files that end in {path.suffix!r} cannot be read",

@@ -66,7 +66,11 @@ class Estimate:
 
 
 def base_name(names: list[str], config: PrepareConfig) -> str:
-    """What the data set is called: what was asked for, or after the source and the encoding."""
+    """What the data set is called: what was asked for, or after the source and the encoding.
+
+    Raises:
+        UsageError: It is no plain name.
+    """
     name = config.name
     if name is None:
         label = source_label(names, config)

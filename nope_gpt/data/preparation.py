@@ -52,23 +52,27 @@ class Preparation:
         names: What to prepare.
         config: How.
         tell: Called several times a second with how far it is.
+        merge: Only join the parts that `--shard` made.
     """
 
-    def __init__(self, names: list[str], config: PrepareConfig, tell: Tell) -> None:
+    def __init__(
+        self, names: list[str], config: PrepareConfig, tell: Tell, *, merge: bool = False
+    ) -> None:
         self.names = names
         self.config = config
         self.tell = tell
+        self.merge = merge
         self.progress = Progress()
         self.root = Path(config.dataset_path).expanduser()
         self.base = base_name(names, config)
         self.staging = Staging(self.root / f"{self.base}{SUFFIX}")
         self.was_there = self.staging.path.exists()
-        self.part, self.part_origin = part_of(config)
+        self.part, self.part_origin = (WHOLE, "") if merge else part_of(config)
         self.limit = Limit(config.max_tokens_per_sample, config.filter_long_samples)
         kept = Path(config.download_path).expanduser() if config.download_path else None
         self.downloads = Downloads(kept or self.staging.downloads, self.arrived)
 
-    def run(self, merge: bool) -> list[Prepared]:
+    def run(self) -> list[Prepared]:
         """Do what is left to do."""
         self.refuse_parts()
         before = self.finished_manifest()
@@ -89,7 +93,7 @@ class Preparation:
                 return [Prepared(path, Dataset.open(path).manifest, True) for path in existing]
         self.begin(recipe)
         index, count = self.part
-        mine = [] if merge else self.corpus.groups[index::count]
+        mine = [] if self.merge else self.corpus.groups[index::count]
         todo = [group for group in mine if not self.staging.has_group(group.name)]
         self.count(mine, todo)
         self.targets([], recipe)
@@ -126,9 +130,9 @@ class Preparation:
                 hint=f"say which part it is: --shard I/{earlier}",
             )
 
-    def clear_up(self, merge: bool) -> None:
+    def clear_up(self) -> None:
         """Remove an unfinished preparation that holds nothing yet, unless others are at it."""
-        is_own = self.part == WHOLE and not (merge and self.was_there)
+        is_own = self.part == WHOLE and not (self.merge and self.was_there)
         is_empty = is_own and not self.staging.is_worth_keeping
         if is_empty and not self.staging.others_prepare(self.part):
             self.staging.remove()
@@ -171,7 +175,11 @@ class Preparation:
         )
 
     def begin(self, recipe: Json) -> None:
-        """Take up an unfinished preparation of the same, or begin one."""
+        """Take up an unfinished preparation of the same, or begin one.
+
+        Raises:
+            UsageError: One with other settings is here, and is not to be replaced.
+        """
         plan = self.staging.plan()
         if plan and plan["recipe"] != recipe:
             if self.staging.others_prepare(self.part):

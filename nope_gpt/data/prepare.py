@@ -1,6 +1,6 @@
 """The verb `prepare`: sources to data sets of token shards.
 
-    names ──sources──▶ files ──corpus──▶ units ──schedule──▶ shards ──commit──▶ NAME/
+    names ──opening──▶ files ──corpus──▶ units ──schedule──▶ shards ──commit──▶ NAME/
 
 Everything lies in NAME.partial until it is whole, so that the same command goes on after
 any interruption; `staging` tells what is there.
@@ -17,7 +17,6 @@ from nope_gpt.data.commit import Prepared
 from nope_gpt.data.documents import Refused
 from nope_gpt.data.encoding import encode
 from nope_gpt.data.planning import (
-    WHOLE,
     Estimate,
     estimate,
     recipe_of,
@@ -52,15 +51,13 @@ def prepare(
         NopeError: A source is missing, empty or damaged.
         Interrupted: A signal ended it; what is finished is kept.
     """
-    job = Preparation(names, config, tell)
-    if merge:
-        job.part, job.part_origin = WHOLE, ""
+    job = Preparation(names, config, tell, merge=merge)
     try:
         with job.staging.locked(job.part, job.note):
             try:
-                return job.run(merge)
+                return job.run()
             finally:
-                job.clear_up(merge)
+                job.clear_up()
     except KeyboardInterrupt:
         raise job.interrupted(130) from None
     except (NetworkError, CapacityError) as error:

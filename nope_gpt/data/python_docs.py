@@ -113,7 +113,11 @@ def opening(text: str) -> str | None:
 
 
 def reference_pages(root: Path) -> list[str]:
-    """The topics of the language reference, without those that a longer one contains."""
+    """The topics of the language reference, without those that a longer one contains.
+
+    Raises:
+        MissingError: This Python came without them.
+    """
     path = root / "pydoc_data" / "topics.py"
     for statement in getattr(parsed(path), "body", ()):
         match statement:
@@ -127,7 +131,11 @@ def reference_pages(root: Path) -> list[str]:
 
 @functools.cache  # Parsing takes seconds, and the documents and conversations share it.
 def documented_things(root: Path) -> tuple[Documented, ...]:
-    """Everything in the standard library that has a docstring worth reading."""
+    """Everything in the standard library that has a docstring worth reading.
+
+    Raises:
+        MissingError: This Python came without its sources.
+    """
     things: list[Documented] = []
     for path in source_files(root):
         if tree := parsed(path):

@@ -88,7 +88,11 @@ class Span:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to read into an error that names the file."""
+    """Turn the system's refusal to read into an error that names the file.
+
+    Raises:
+        NopeError: It cannot be read.
+    """
     try:
         yield
     except OSError as error:
@@ -155,7 +159,12 @@ def spans(path: Path, name: str, shown: str, schema: Schema) -> list[Span]:
 
 
 def row_group_spans(path: Path, name: str, shown: str, schema: Schema) -> list[Span]:
-    """Cut a .parquet file between row groups."""
+    """Cut a .parquet file between row groups.
+
+    Raises:
+        UsageError: A column is missing.
+        NopeError: It is no whole .parquet file.
+    """
     result = []
     with opened(path) as file:
         metadata = file.metadata
@@ -208,7 +217,11 @@ def rows(span: Span) -> Iterator[Row]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Open a .parquet file; damage anywhere in it becomes an error that names it."""
+    """Open a .parquet file; damage anywhere in it becomes an error that names it.
+
+    Raises:
+        NopeError: It is no whole .parquet file.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -236,7 +249,11 @@ def parquet_rows(span: Span) -> Iterator[Row]:
 
 
 def json_rows(span: Span) -> Iterator[Row]:
-    """The objects on the lines that begin in a span."""
+    """The objects on the lines that begin in a span.
+
+    Raises:
+        NopeError: A line is not JSON; names it.
+    """
     for number, (_, line) in enumerate(lines_of(span), span.first_row):
         if line.strip():
             try:

@@ -285,7 +285,11 @@ class Dataset:
 
     @property
     def sides(self) -> list[tuple[Shard, ...]]:
-        """The shards; of pairs, those of the better answers beside those of the worse."""
+        """The shards; of pairs, those of the better answers beside those of the worse.
+
+        Raises:
+            NopeError: The shards are not pairs.
+        """
         if self.content != PREFERENCE:
             return [(shard,) for shard in self.shards]
         better, worse = self.shards[::2], self.shards[1::2]

@@ -25,6 +25,7 @@ class File:
 
     Attributes:
         name: Its path within the source.
+        size: In bytes.
         digest: `sha256:HEX` or `git:HEX`.
         path: Where it is on this machine.
         remote: Where it is on the Hub.
@@ -112,6 +113,7 @@ class Source:
     Attributes:
         name: What `--dataset-subset` of `nope tune` calls their documents.
         files: In order.
+        share: What of their rows is taken.
         origin: Where they come from on the Hub.
     """
 

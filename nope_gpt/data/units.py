@@ -54,6 +54,7 @@ class Unit:
             the unit in them.
         source: Whose files these are.
         content: "text", "chat" or "preference".
+        spans: What is read, in this order.
     """
 
     name: str

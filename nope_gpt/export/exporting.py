@@ -22,7 +22,7 @@ from nope_gpt.export.record import Record, Report
 from nope_gpt.export.source import Source, open_source
 from nope_gpt.files.artefacts import PARITY, describe, publish, refuse_existing
 from nope_gpt.files.writing import refuse_small_disk, write_file, write_json
-from nope_gpt.hub import storage
+from nope_gpt.hub import remote
 from nope_gpt.hub.locating import HISTORY
 from nope_gpt.hub.transformers_layout import ARCEE, LLAMA
 from nope_gpt.network.sharpening import as_setting
@@ -98,7 +98,7 @@ def refuse_impossible(source: Source, config: ExportConfig) -> None:
     """
     if config.push_to_hub:
         for name in config.formats:
-            storage.refuse_name(repository_of(name, config))
+            remote.refuse_name(repository_of(name, config))
     shape = source.saved.config
     if shape.head_dimensions % 2 and config.formats != ["hub"]:
         raise UsageError(
@@ -268,7 +268,7 @@ def upload(item: Export, config: ExportConfig, tell: Tell) -> Export:
     repo_id = repository_of(item.record.format, config)
     tell(f"uploading {item.path} to {repo_id}")
     try:
-        url = storage.upload(
+        url = remote.upload(
             item.path,
             repo_id,
             private=config.private or None,

@@ -22,6 +22,7 @@ from nope_gpt.export.chat_template import GO, jinja
 from nope_gpt.export.llama_cpp import QUANTIZER, find_quantizer, quantizations, quantize
 from nope_gpt.export.source import Source
 from nope_gpt.files.writing import write_file, writing
+from nope_gpt.hub.published_layout import TIED
 from nope_gpt.hub.storage import SavedModel
 from nope_gpt.hub.transformers_layout import FACTOR
 from nope_gpt.network.blocks import NORM_EPSILON
@@ -53,7 +54,7 @@ NORMAL, CONTROL, UNUSED = 1, 3, 5
 
 def names(num_layers: int, *, dense: bool) -> dict[str, str]:
     """The name of every tensor in memory, and in the file."""
-    result = {"token_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
+    result = {TIED: "token_embd.weight", "norm.weight": "output_norm.weight"}
     for layer in range(num_layers):
         for ours, theirs in (NAMES | (GATED if dense else EXPERTS)).items():
             result[f"decoder.layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"

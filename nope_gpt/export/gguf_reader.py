@@ -16,6 +16,7 @@ from nope_gpt.errors import NopeError
 from nope_gpt.export.gguf_files import ROUTER, names
 from nope_gpt.export.llama_cpp import tolerance_of
 from nope_gpt.export.readers import EXACT, OwnReader
+from nope_gpt.hub.published_layout import TIED
 from nope_gpt.hub.storage import SavedModel
 from nope_gpt.hub.transformers_layout import FACTOR
 from nope_gpt.model import NoPEGPT
@@ -75,7 +76,7 @@ def saved_in(file: Any, where: str) -> SavedModel:
     if "rope_freqs.weight" not in tensors:
         raise NopeError("this GGUF file turns queries and keys", where=where)
     config = ModelConfig(
-        vocabulary_size=len(state["token_embeddings.weight"]),
+        vocabulary_size=len(state[TIED]),
         embedding_dimensions=width,
         num_q_heads=value(file, "llama.attention.head_count"),
         num_kv_heads=value(file, "llama.attention.head_count_kv"),

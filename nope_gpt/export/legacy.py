@@ -28,6 +28,7 @@ def read_checkpoint(path: Path) -> tuple[SavedModel, BaseTokenizer]:
 
     Raises:
         NopeError: The file is damaged, asks for code to be run, or is not a checkpoint.
+        UsageError: It is a file of weights, and the directory is meant.
     """
     where = str(path)
     if path.suffix in (".safetensors", ".gguf"):

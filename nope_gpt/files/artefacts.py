@@ -149,8 +149,9 @@ def read_manifest(path: Path, kind: str) -> Manifest:
 
     Raises:
         MissingError: There is no manifest: nothing there, or something unfinished.
-        NopeError: The manifest is damaged, of another kind or of a newer format, or a
-            file it names is missing or of another size.
+        NopeError: The manifest is damaged or of a newer format, or a file it names is missing
+            or of another size.
+        UsageError: This is a file, or a directory of another kind.
     """
     file = path / MANIFEST
     if path.is_file():

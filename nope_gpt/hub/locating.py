@@ -48,6 +48,7 @@ def locate(model: str | Path, tell: Tell = untold, **options: Any) -> Path:
         MissingError: There is no such model.
         UsageError: It is something else, such as a data set or a .pt file.
         NetworkError: The Hub cannot be reached and holds what is missing here.
+        NopeError: The checkpoint that is named is damaged.
     """
     try:
         path = Path(model).expanduser()
@@ -91,7 +92,13 @@ def near(path: Path) -> str | None:
 
 
 def model_in(path: Path, tell: Tell = untold) -> Path:
-    """The model directory that a local directory is or leads to."""
+    """The model directory that a local directory is or leads to.
+
+    Raises:
+        MissingError: It is none, and leads to none.
+        UsageError: It holds something else, such as a .pt file.
+        NopeError: A checkpoint is damaged.
+    """
     if (path / CONFIG).is_file() and ((path / WEIGHTS).is_file() or (path / INDEX).is_file()):
         if (path / MANIFEST).is_file():
             verify(path, read_manifest(path, "checkpoint"))

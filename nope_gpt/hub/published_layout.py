@@ -52,6 +52,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TIED = "token_embeddings.weight"
 TIED_PUBLISHED = "token_classifier.linear.weight"
 
+FIRST_TOKEN = "first_token"
+"""The key of config.json that says what all that a model reads begins with."""
+
 
 def published_names(num_layers: int) -> dict[str, str]:
     """Map the name of every tensor in memory to its published name."""
@@ -64,7 +67,11 @@ def published_names(num_layers: int) -> dict[str, str]:
 
 
 def rename_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """Give historical settings their published names and check that none is missing."""
+    """Give historical settings their published names and check that none is missing.
+
+    Raises:
+        NopeError: One is missing.
+    """
     result = dict(settings)
     for old, names in HISTORICAL_SETTINGS.items():
         if old in settings:
@@ -111,7 +118,11 @@ def translate(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def check_shapes(config: ModelConfig, state: dict[str, Tensor], where: str) -> None:
-    """Check that every tensor is there and has the shape that the config says."""
+    """Check that every tensor is there and has the shape that the config says.
+
+    Raises:
+        NopeError: One is missing, has another shape or type, or is one too many.
+    """
     d, kv, hidden = config.embedding_dimensions, config.kv_dimensions, config.hidden_dimensions
     shapes = {
         TIED: (config.vocabulary_size, d),

@@ -6,8 +6,9 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from nope_gpt.errors import MissingError, NetworkError
+from nope_gpt.errors import MissingError, NetworkError, UsageError
 from nope_gpt.files.writing import writing
 
 
@@ -79,3 +80,63 @@ def contacting(kind: str, repo_id: str, hint: str) -> Iterator[None]:
             with writing(Path(error.filename or "~/.cache/huggingface")):
                 raise
         raise unreachable(error) from None
+
+
+def upload(path: Path, repo_id: str, **options: Any) -> str:
+    """Upload a model directory to the Hub, making the repository if need be.
+
+    Args:
+        path: The directory.
+        repo_id: OWNER/NAME.
+        options: `token`, `private`, and what `huggingface_hub.upload_folder` takes.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UsageError: The repository cannot have that name, or is public and was to be private.
+        NetworkError: The Hub cannot be reached, or refuses; the directory stays.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    refuse_name(repo_id)
+    private = options.pop("private", None)
+    api = HfApi(token=options.pop("token", None))
+    try:
+        api.create_repo(repo_id, exist_ok=True, private=private)
+        if private and not api.repo_info(repo_id).private:
+            raise UsageError(
+                "this repository is there already, and is public",
+                where=repo_id,
+                hint="make it private in its settings, or choose another name",
+            )
+        return str(api.upload_folder(repo_id=repo_id, folder_path=path, **options))
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        refused = f"the Hub does not let you write here ({status})"
+        raise NetworkError(
+            refused if status in (401, 403) else f"the upload failed: {error}",
+            where=repo_id,
+            hint="hf auth login, then try again",
+        ) from None
+    except (HTTPError, OSError, RuntimeError) as error:  # The last of a file that did not arrive.
+        raise NetworkError(
+            f"the upload failed: {error}", where=repo_id, hint="hf auth login, then try again"
+        ) from None
+
+
+def refuse_name(repo_id: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Raises:
+        UsageError: It cannot; says why.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        reason = str(error).rstrip(".")
+        raise UsageError(f"{repo_id!r} cannot be a repository: {reason}") from None

@@ -1,4 +1,4 @@
-"""Models on disk and on the Hub: load them, save them, upload them.
+"""Models on disk: load them, save them.
 
 A model is a directory with `config.json` and `model.safetensors`, or several such files and an
 index of them, in the layout of `published_layout.py`. What was exported for transformers, in that
@@ -19,20 +19,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nope_gpt.config import ModelConfig
-from nope_gpt.errors import NetworkError, NopeError, UsageError
+from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.files.artefacts import MANIFEST, describe
 from nope_gpt.files.json_files import DAMAGE, parse_json, read_json
 from nope_gpt.files.writing import write_json, write_tensors
 from nope_gpt.hub import published_layout, transformers_layout
 from nope_gpt.hub.locating import CONFIG, INDEX, WEIGHTS
+from nope_gpt.hub.published_layout import FIRST_TOKEN, TIED
 from nope_gpt.network import sharpening
 from nope_gpt.network.sharpening import Sharpening
 
 ROTARY = "rotary"
 """The key of config.json that says so of a checkpoint whose positions are not dropped yet."""
-
-FIRST_TOKEN = "first_token"
-"""The key of config.json that says what all that a model reads begins with."""
 
 LARGEST_HEADER = 100_000_000
 """Bytes of what a safetensors file says of its tensors; its own library reads no more."""
@@ -87,16 +85,20 @@ def load(path: Path, tell: Tell = lambda _: None, *, rotary: bool = False) -> Sa
 
 
 def assemble(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> SavedModel:
-    """Check that settings and tensors describe one and the same network."""
-    if published_layout.TIED not in state:
+    """Check that settings and tensors describe one and the same network.
+
+    Raises:
+        NopeError: They do not; says where.
+    """
+    if TIED not in state:
         raise NopeError("the token embedding is missing", where=where)
-    if state[published_layout.TIED].dim() != 2:
+    if state[TIED].dim() != 2:
         raise NopeError("the token embedding is no matrix", where=where)
     known = {field.name for field in fields(ModelConfig)}
     try:
         config = ModelConfig(
             **{key: value for key, value in settings.items() if key in known}
-            | {"vocabulary_size": state[published_layout.TIED].size(0)}
+            | {"vocabulary_size": state[TIED].size(0)}
         )
     except UsageError as error:
         raise NopeError(f"{CONFIG} describes no network: {error.what}", where=where) from None
@@ -124,7 +126,11 @@ def first_token_in(settings: dict[str, Any], vocabulary_size: int, where: str) -
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a config.json as it is."""
+    """Read a config.json as it is.
+
+    Raises:
+        NopeError: It is no table, or cannot be read.
+    """
     try:
         settings = read_json(path)
     except DAMAGE as error:
@@ -231,9 +237,7 @@ def save(path: Path, model: SavedModel, largest_file: int | None = None) -> None
         settings[FIRST_TOKEN] = model.first_token
     if model.sharpenings:
         settings[sharpening.SETTING] = sharpening.as_setting(model.sharpenings)
-    write_weights(
-        path, tensors, {published_layout.TIED: published_layout.TIED_PUBLISHED}, largest_file
-    )
+    write_weights(path, tensors, {TIED: published_layout.TIED_PUBLISHED}, largest_file)
     write_json(path / CONFIG, settings)
 
 
@@ -276,7 +280,11 @@ def refuse_to_change(path: Path) -> None:
 
 
 def refuse_infinite(state: dict[str, Tensor], where: str) -> None:
-    """Refuse weights that are no numbers; names the tensor."""
+    """Refuse weights that are no numbers; names the tensor.
+
+    Raises:
+        NopeError: There are some.
+    """
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise NopeError(f"{name} holds numbers that are not finite", where=where)
@@ -298,63 +306,3 @@ def write_weights(
         write_tensors(path / file, {name: whole[name] for name in names}, metadata=header)
     index = {"metadata": {"total_size": size}, "weight_map": plan.tensor_to_filename}
     write_json(path / INDEX, index)
-
-
-def upload(path: Path, repo_id: str, **options: Any) -> str:
-    """Upload a model directory to the Hub, making the repository if need be.
-
-    Args:
-        path: The directory.
-        repo_id: OWNER/NAME.
-        options: `token`, `private`, and what `huggingface_hub.upload_folder` takes.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        UsageError: The repository cannot have that name, or is public and was to be private.
-        NetworkError: The Hub cannot be reached, or refuses; the directory stays.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    refuse_name(repo_id)
-    private = options.pop("private", None)
-    api = HfApi(token=options.pop("token", None))
-    try:
-        api.create_repo(repo_id, exist_ok=True, private=private)
-        if private and not api.repo_info(repo_id).private:
-            raise UsageError(
-                "this repository is there already, and is public",
-                where=repo_id,
-                hint="make it private in its settings, or choose another name",
-            )
-        return str(api.upload_folder(repo_id=repo_id, folder_path=path, **options))
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        refused = f"the Hub does not let you write here ({status})"
-        raise NetworkError(
-            refused if status in (401, 403) else f"the upload failed: {error}",
-            where=repo_id,
-            hint="hf auth login, then try again",
-        ) from None
-    except (HTTPError, OSError, RuntimeError) as error:  # The last of a file that did not arrive.
-        raise NetworkError(
-            f"the upload failed: {error}", where=repo_id, hint="hf auth login, then try again"
-        ) from None
-
-
-def refuse_name(repo_id: str) -> None:
-    """Refuse what cannot be the name of a repository.
-
-    Raises:
-        UsageError: It cannot; says why.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        reason = str(error).rstrip(".")
-        raise UsageError(f"{repo_id!r} cannot be a repository: {reason}") from None

@@ -18,6 +18,7 @@ from torch import Tensor
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.files.json_files import DAMAGE
+from nope_gpt.hub.published_layout import FIRST_TOKEN, TIED
 from nope_gpt.network.blocks import NORM_EPSILON
 from nope_gpt.network.sharpening import SETTING
 
@@ -55,7 +56,7 @@ exact everywhere: the linear one makes vLLM fill a table of a million entries fo
 
 def names(layout: str, num_layers: int) -> dict[str, str]:
     """The name of every tensor in memory, and in a layout."""
-    result = {"token_embeddings.weight": EMBEDDING, "norm.weight": "model.norm.weight"}
+    result = {TIED: EMBEDDING, "norm.weight": "model.norm.weight"}
     gated = {"feed_forward.up": "mlp.gate_proj"} if layout == LLAMA else {}
     for layer in range(num_layers):
         for ours, theirs in (MATRICES | NORMS | gated).items():
@@ -123,7 +124,7 @@ def settings(
     if trained_context_length is not None:
         result["trained_context_length"] = trained_context_length
     if first_token is not None:
-        result["first_token"] = first_token
+        result[FIRST_TOKEN] = first_token
     return result
 
 
@@ -162,7 +163,7 @@ def own_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     except (*DAMAGE, UsageError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise NopeError(f"config.json describes no network ({reason})", where=where) from None
-    kept = ("trained_context_length", "first_token", SETTING)
+    kept = ("trained_context_length", FIRST_TOKEN, SETTING)
     return shape | {name: config[name] for name in kept if config.get(name) is not None}
 
 
@@ -189,7 +190,11 @@ def from_layout(
 
 
 def refuse_other_network(config: Mapping[str, Any], layout: str, where: str) -> None:
-    """Refuse a network of this kind that computes something else."""
+    """Refuse a network of this kind that computes something else.
+
+    Raises:
+        NopeError: It does; says what.
+    """
     complaints = {
         "it rotates queries and keys by their positions": turns(config),
         f"its activation is {config['hidden_act']}": config["hidden_act"] != "silu",
@@ -221,7 +226,11 @@ def turns(config: Mapping[str, Any]) -> bool:
 
 
 def refuse_more(name: str, tensor: Tensor, layout: str, where: str) -> None:
-    """Refuse a tensor that does something, but for what a Llama needs to do nothing."""
+    """Refuse a tensor that does something, but for what a Llama needs to do nothing.
+
+    Raises:
+        NopeError: It does something.
+    """
     part = re.sub(r"^model\.layers\.\d+\.mlp\.", "", name)
     neutral = {"up_proj.weight": 0, "up_proj.bias": 1, "gate_proj.bias": 0, "down_proj.bias": 0}
     if layout == LLAMA and part in neutral and bool((tensor == neutral[part]).all()):

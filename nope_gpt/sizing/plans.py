@@ -142,6 +142,7 @@ class Planner:
 
         Raises:
             CapacityError: Nothing fits; names the largest part, and a command that does.
+            UsageError: A method of tuning is to be planned without a model.
         """
         if self.config.method != "pretrain" and self.config.model is None:
             raise UsageError(

@@ -64,7 +64,11 @@ def read_lines(path: Path) -> dict[bytes, int]:
 
 
 def refuse_gaps(ranks: Ranks, where: str) -> None:
-    """Refuse ranks that are not whole."""
+    """Refuse ranks that are not whole.
+
+    Raises:
+        NopeError: Some are missing or doubled.
+    """
     whole = sorted(ranks.values()) == list(range(len(ranks)))
     if not whole or any(bytes([byte]) not in ranks for byte in range(256)):
         raise NopeError("the ranks are not whole: some are missing or doubled", where=where)

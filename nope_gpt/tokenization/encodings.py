@@ -101,7 +101,9 @@ def load(directory: Path) -> tiktoken.Encoding:
     """Read the encoding of an artefact: a data set or a model.
 
     Raises:
-        NopeError: There is none, or its files are damaged.
+        NopeError: Its files are damaged.
+        MissingError: There is none, and the vocabulary does not tell which it is.
+        NetworkError: Its ranks are not here, and cannot be fetched.
     """
     path = directory / TOKENIZER
     if not path.is_file() and (directory / CONFIG).is_file():
@@ -191,7 +193,11 @@ def described(
 
 
 def name_by_size(directory: Path) -> str:
-    """Which of tiktoken's encodings a model without a tokenizer.json was trained with."""
+    """Which of tiktoken's encodings a model without a tokenizer.json was trained with.
+
+    Raises:
+        MissingError: Its vocabulary is none of theirs.
+    """
     sizes = {50257: "r50k_base", 50281: "p50k_base", 100277: "cl100k_base", 200019: "o200k_base"}
     try:
         size = read_json(directory / CONFIG)["vocabulary_size"]

@@ -228,7 +228,11 @@ class Trainer(Learner):
         return distribution.total(torch.stack(sums).sum()).item() / count
 
     def complain(self, verdict: Verdict, loss: float, norm: float) -> None:
-        """Say what is wrong with a step; raises when it was the last one too many."""
+        """Say what is wrong with a step; raises when it was the last one too many.
+
+        Raises:
+            NopeError: It was; says what to try.
+        """
         ids = self.job.batches.sample_indices(self.progress.data_step).tolist()
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         done = "" if verdict == Verdict.WARN else "; nothing was updated"

@@ -51,7 +51,11 @@ class Run:
 
 
 def run_path(root: str, name: str) -> Path:
-    """The directory of a run."""
+    """The directory of a run.
+
+    Raises:
+        UsageError: The name is a path, or has letters that not every system takes.
+    """
     if plain(name) != name:
         raise UsageError(
             f"--run-name is {name!r}, and must be a plain name",
@@ -270,6 +274,9 @@ def begun(
     """Open the run on the first rank, which alone writes, and tell the others.
 
     No other process can open it until this is over.
+
+    Raises:
+        NopeError: It may not begin; raised on every rank.
     """
     with ExitStack() as stack:
         outcome: Run | NopeError | None = None
@@ -316,7 +323,11 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def check_facts(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Refuse to go on with another model, tokenizer or data set."""
+    """Refuse to go on with another model, tokenizer or data set.
+
+    Raises:
+        UsageError: Something else is meant; names it.
+    """
     for name, value in now.items():
         if before.get(name) != value:
             raise UsageError(
