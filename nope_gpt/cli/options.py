@@ -45,11 +45,13 @@ SPELLINGS = {
     "dataset-subsets": "dataset-subset",
     "base-checkpoint-path": "model",
     "anneal-learning-rate": "schedule=linear",
+    "beam-width": "num-beams",
 }
 
 RETIRED = {
     "quantize-base-weights": "the base model is not quantized while tuning: leave the flag out",
     "quant-group-size": "the base model is not quantized while tuning: leave the flag out",
+    "num-candidates": "the best one is printed, --json has all of them: leave the flag out",
     "resume-scheduler": "--resume always goes on with the schedule: leave the flag out",
 }
 

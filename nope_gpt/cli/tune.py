@@ -18,8 +18,9 @@ def command(config: TuneConfig, resume: bool | Path, gpus: int | None, json: boo
 
     Trains low-rank adapters and the rows of the control tokens, or all weights with --full, on
     the answers alone; with pairs, to prefer the better one (DPO). The base model stays as it is;
-    the checkpoints of the new run have the adapters folded in, and beside it. A file, or a data
-    set of the Hub that is not prepared yet, is prepared first.
+    the checkpoints of the new run have the adapters folded in, and hold them apart as well. A file,
+    `smoltalk` or `ultrafeedback` that is not prepared yet is prepared first; any other data set by
+    `nope prepare`.
 
     Examples:
 

@@ -67,13 +67,17 @@ class ExportConfig(Knobs):
         minimum=1,
     )
     license: str | None = knob(
-        None, "License to name in the model card, such as apache-2.0.", panel=RUN
+        None,
+        "License to name in the model card, such as apache-2.0.",
+        panel=RUN,
+        shown_default="none",
     )
     push_to_hub: str | None = knob(
         None,
         "Upload to this repository, OWNER/NAME, what has passed its comparison; of several formats "
         "each to OWNER/NAME-FORMAT.",
         panel=RUN,
+        shown_default="none",
     )
     private: bool = knob(False, "Make the repository a private one.", panel=RUN)
     overwrite: bool = knob(False, "Replace a directory that is already there.", panel=RUN)

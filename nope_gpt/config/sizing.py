@@ -105,6 +105,7 @@ class SizeConfig(Workload):
         None,
         "Size this one: a run, checkpoint or export directory, or a Hub id.",
         panel=MODEL,
+        shown_default="none",
     )
     context_length: int = like(GenerateConfig, "context_length")
     sequences: int = knob(
@@ -125,7 +126,10 @@ class SizeConfig(Workload):
         shown_default="that of --gpu",
     )
     gpu: str | None = knob(
-        None, "Plan for this GPU, such as rtx4090: its memory and its speed.", panel=PLANNING
+        None,
+        "Plan for this GPU, such as rtx4090: its memory and its speed.",
+        panel=PLANNING,
+        shown_default="none",
     )
     peak_tflops: float | None = knob(
         None,
@@ -133,6 +137,7 @@ class SizeConfig(Workload):
         panel=PLANNING,
         above=0.0,
         maximum=1e6,
+        shown_default="none",
     )
     utilization: float = knob(
         0.4,
@@ -142,11 +147,17 @@ class SizeConfig(Workload):
         maximum=1.0,
     )
     days: float | None = knob(
-        None, "Plan the best model for so many days, too.", panel=PLANNING, above=0.0, maximum=1e5
+        None,
+        "Plan the best model for so many days, too.",
+        panel=PLANNING,
+        above=0.0,
+        maximum=1e5,
+        shown_default="none",
     )
     price: float | None = knob(
         None,
         "Of each device for an hour, in any currency: the cost follows.",
         panel=PLANNING,
         minimum=0.0,
+        shown_default="none",
     )

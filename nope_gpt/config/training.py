@@ -169,8 +169,8 @@ class TrainingConfig(Knobs):
     )
     compile: str = knob(
         "auto",
-        "Fuse what the blocks do between matrix products, by torch.compile. auto does so for a "
-        "run that is long enough, where there is a compiler.",
+        "Fuse what the blocks do between matrix products, by torch.compile. auto does so for "
+        "pretraining that is long enough, where there is a compiler; tuning never does.",
         panel=RUN,
         choices=("auto", "on", "off"),
     )
