@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -336,8 +337,8 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     class Usage:
         free = 1_000
 
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(CapacityError, match=r"about .* are needed on this disk, and 1.0 KB are"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
+    with pytest.raises(CapacityError, match=r"be prepared takes .*, and the disk has 1.0 KB"):
         made([write(tmp_path / "a.jsonl", 500)], tmp_path / "root")
     assert list((tmp_path / "root").iterdir()) == []
 

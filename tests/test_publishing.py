@@ -16,8 +16,9 @@ from test_export import exported, sharp
 
 from nope_gpt.config import ExportConfig
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.export import card, exporting
+from nope_gpt.export import exporting
 from nope_gpt.export.exporting import export
+from nope_gpt.files.pictures import can_draw
 from nope_gpt.hub import history
 from nope_gpt.model import NoPEGPT
 
@@ -311,5 +312,5 @@ def test_curves_are_thinned_to_means(tmp_path: Path) -> None:
     assert thinned[-1][0] == 1000.0
     assert history.thinned(points[:7]) == points[:7]
     assert history.thinned([]) == []
-    assert card.can_draw()
+    assert can_draw()
     assert tmp_path.is_dir()

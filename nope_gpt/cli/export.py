@@ -25,8 +25,8 @@ def command(config: ExportConfig, json: bool) -> None:
 
     - `nope export --model checkpoints/checkpoint.pt --format hub`
     """
-    from nope_gpt.export.card import can_draw
     from nope_gpt.export.exporting import export
+    from nope_gpt.files.pictures import can_draw
     from nope_gpt.hub.locating import HISTORY
 
     if config.model:

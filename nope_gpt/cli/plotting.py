@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nope_gpt.config import SizeConfig
 from nope_gpt.errors import UsageError
+from nope_gpt.files.pictures import as_png, can_draw
 from nope_gpt.files.writing import writing
 from nope_gpt.sizing.arithmetic import Parts, count_parameters, forward_flops
 
@@ -53,13 +52,11 @@ def save(figure: Figure, path: Path) -> None:
 
 def picture_of(found: Evaluation) -> bytes | None:
     """A drawing as PNG, where matplotlib is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not can_draw():
         return None
     figure = figure_for(Path("evaluation.png"), *WIDE)
     draw_evaluation(found, figure)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
-    return content.getvalue()
+    return as_png(figure)
 
 
 def draw_shape(config: SizeConfig, figure: Figure) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import ast
 import os
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nope_gpt import tokenization
-from nope_gpt.amounts import format_bytes
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data import catalog, units
 from nope_gpt.data.documents import TEXT
@@ -22,9 +20,9 @@ from nope_gpt.data.opening import is_on_hub
 from nope_gpt.data.schedule import FILES_AHEAD, Group
 from nope_gpt.data.sources import STANDARD_INPUT, Source
 from nope_gpt.data.staging import SUFFIX, Part
-from nope_gpt.errors import CapacityError, UsageError
+from nope_gpt.errors import UsageError
 from nope_gpt.files.artefacts import FORMAT_VERSION
-from nope_gpt.files.writing import is_leftover, nearest_directory, plain
+from nope_gpt.files.writing import is_leftover, nearest_directory, plain, refuse_small_disk
 from nope_gpt.tokenization import BaseTokenizer, ChatTokenizer
 
 UNPACKED = 1.64
@@ -258,7 +256,7 @@ def vocabulary_size(config: PrepareConfig) -> int:
     return ChatTokenizer(tokenization.resolve(config.token_encoding, ()).encoding).vocabulary_size
 
 
-def refuse_small_disk(needed: Estimate, root: Path, downloads: Path) -> None:
+def refuse_small_disks(needed: Estimate, root: Path, downloads: Path) -> None:
     """Check that what is still to be written fits on the disk, or the two disks.
 
     Raises:
@@ -269,14 +267,8 @@ def refuse_small_disk(needed: Estimate, root: Path, downloads: Path) -> None:
     if places[0].stat().st_dev == places[1].stat().st_dev:
         places, sizes = places[:1], [sum(sizes)]
     for place, size in zip(places, sizes, strict=True):
-        free = shutil.disk_usage(place).free
-        if size > free:
-            raise CapacityError(
-                f"about {format_bytes(size)} are needed on this disk, and {format_bytes(free)} "
-                "are free",
-                where=str(place),
-                hint="free some space, choose another --dataset-path or a smaller --dataset-subset",
-            )
+        flag = "--dataset-path, or a smaller --dataset-subset"
+        refuse_small_disk(place, size, "what is still to be prepared", flag)
 
 
 def encoding_speed(config: PrepareConfig) -> float:

@@ -26,7 +26,7 @@ from nope_gpt.data.planning import (
     num_processes,
     part_of,
     recipe_of,
-    refuse_small_disk,
+    refuse_small_disks,
     source_label,
 )
 from nope_gpt.data.schedule import Group, Progress, Schedule, workers
@@ -242,7 +242,7 @@ class Preparation:
     def encode(self, todo: list[Group]) -> None:
         """Encode the groups of this machine that are not encoded yet."""
         needed = estimate(todo, self.config, self.downloads)
-        refuse_small_disk(needed, self.root, self.downloads.directory)
+        refuse_small_disks(needed, self.root, self.downloads.directory)
         self.make_tokenizer()
         self.corpus.count_rows()
         width = num_processes(todo, self.config)

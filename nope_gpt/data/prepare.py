@@ -20,7 +20,7 @@ from nope_gpt.data.planning import (
     Estimate,
     estimate,
     recipe_of,
-    refuse_small_disk,
+    refuse_small_disks,
 )
 from nope_gpt.data.preparation import Preparation, Tell
 from nope_gpt.data.samples import Sample
@@ -79,7 +79,7 @@ def dry_run(names: list[str], config: PrepareConfig) -> Estimate:
         mine = job.corpus.groups[index::count]
         todo = [each for each in mine if not (is_begun and job.staging.has_group(each.name))]
         needed = estimate(todo, config, job.downloads)
-    refuse_small_disk(needed, job.root, job.downloads.directory)
+    refuse_small_disks(needed, job.root, job.downloads.directory)
     return needed
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from nope_gpt.evaluation import record
 from nope_gpt.export.record import Report
 from nope_gpt.export.source import Source
+from nope_gpt.files.pictures import as_png, can_draw
 from nope_gpt.hub.history import Stage
 
 PICTURE = "loss.png"
@@ -268,11 +267,4 @@ def pictures(source: Source) -> dict[str, bytes]:
         axes.set(title=VERBS.get(stage["command"]), xlabel="step", ylabel="nats a token")
         axes.grid(alpha=0.3)
         axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
-    return drawn | {PICTURE: content.getvalue()}
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+    return drawn | {PICTURE: as_png(figure)}
