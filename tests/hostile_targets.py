@@ -228,8 +228,8 @@ def trained_run(root: Path) -> Target:
         use_model(run)
         place = locate(run)
         resolve(TuneConfig, [("run.json", runs.stored_record(run, "tune").get("config", {}))])
-        runs.origin_of(run, "tune")
-        runs.origin_of(place, "tune")
+        runs.resumed_from(run, "tune")
+        runs.resumed_from(place, "tune")
         runs.check_facts(runs.stored_record(run, "tune").get("facts", {}), facts, run)
         assert checkpoints.read_progress(place).data_step >= 0
         checkpoints.read_tensors(place / checkpoints.OPTIMIZER)

@@ -29,7 +29,7 @@ from nope_gpt.model import NoPEGPT
 from nope_gpt.training.checkpoints import prune
 from nope_gpt.training.loop import Trainer
 from nope_gpt.training.objectives import Outcome
-from nope_gpt.training.runs import origin_of, stored_record
+from nope_gpt.training.runs import resumed_from, stored_record
 from nope_gpt.training.schedules import rate_fraction
 
 
@@ -227,7 +227,7 @@ def test_a_run_that_goes_on_keeps_the_learning_rate_that_was_taken(
 ) -> None:
     small_run(dataset, tmp_path, max_steps=1, learning_rate=None)
     monkeypatch.setitem(LEARNING_RATES, "muon", 1.0)
-    _, layers = origin_of(tmp_path / "pretrain", "pretrain")
+    _, layers = resumed_from(tmp_path / "pretrain", "pretrain")
     assert resolve(PretrainConfig, layers).peak_learning_rate == 2e-2
 
 

@@ -181,12 +181,12 @@ def resumption(config_type: Any, layers: Layers, chosen: str | None) -> tuple[bo
     Raises:
         MissingError: There is no such run or checkpoint.
     """
-    from nope_gpt.training.runs import origin_of, run_path, stored_record
+    from nope_gpt.training.runs import resumed_from, run_path, stored_record
 
     if chosen is None:
         return False, []
     if chosen != LATEST:
-        return origin_of(Path(chosen).expanduser(), config_type.command)
+        return resumed_from(Path(chosen).expanduser(), config_type.command)
     fields: dict[str, Any] = {
         field.name: field.default for field in dataclasses.fields(config_type)
     }

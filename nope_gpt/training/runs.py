@@ -64,14 +64,14 @@ def run_path(root: str, name: str) -> Path:
     return Path(root).expanduser() / name
 
 
-def name_of(config: TrainingConfig) -> str:
+def naming_flags(config: TrainingConfig) -> str:
     """The flags that name a run."""
     root = config.run_dir_path
     elsewhere = "" if root == TrainingConfig.run_dir_path else f"--run-dir-path {root} "
     return f"{elsewhere}--run-name {config.run_name}"
 
 
-def checkpoint_path(config: TrainingConfig) -> Path:
+def checkpoints_for(config: TrainingConfig) -> Path:
     """The directory of a run's checkpoints, seen from the run's own."""
     if config.checkpoint_path is None:
         return Path("checkpoints")
@@ -123,12 +123,12 @@ def open_run(
     record = {
         "command": config.command,
         "version": __version__,
-        "checkpoints": str(checkpoint_path(config)),
+        "checkpoints": str(checkpoints_for(config)),
         "config": config.settled().as_dict(),
         "facts": facts,
         **origin,
     }
-    directory = path / checkpoint_path(config)
+    directory = path / checkpoints_for(config)
     passed_over: list[str] = []
     chosen = checkpoints.newest(directory, passed_over.append) if stored else None
     if isinstance(resume, Path):
@@ -171,27 +171,27 @@ def check_run(
     """
     if isinstance(resume, Path):
         verify(resume, read_manifest(resume, "checkpoint"))
-        origin = stored_record(resume, config.command)
-        check_facts(origin.get("facts", {}), facts, resume)
+        begun_with = stored_record(resume, config.command).get("facts", {})
+        check_facts(begun_with, facts, resume)
     path = run_path(config.run_dir_path, config.run_name)
     stored = stored_record(path, config.command)
     if stored and not resume:
         raise UsageError(
             "this run already exists",
             where=str(path),
-            hint=f"go on with it: nope {config.command} {name_of(config)} --resume; "
+            hint=f"go on with it: nope {config.command} {naming_flags(config)} --resume; "
             f"or begin another: --run-name {config.run_name}-2",
         )
     if stored:
         check_facts(stored.get("facts", {}), facts, path)
-        if stored.get("checkpoints") != str(checkpoint_path(config)):
+        if stored.get("checkpoints") != str(checkpoints_for(config)):
             raise UsageError(
                 f"the checkpoints of this run are in {stored.get('checkpoints')}, and not in "
-                f"{checkpoint_path(config)}",
+                f"{checkpoints_for(config)}",
                 where=str(path),
                 hint="leave --checkpoint-path out",
             )
-    directory = path / checkpoint_path(config)
+    directory = path / checkpoints_for(config)
     if not stored and checkpoints_in(directory):
         raise UsageError(
             "there are checkpoints of another run here",
@@ -201,7 +201,7 @@ def check_run(
     return path, stored
 
 
-def origin_of(path: Path, command: str) -> tuple[Resume, list[tuple[str, Mapping[str, Any]]]]:
+def resumed_from(path: Path, command: str) -> tuple[Resume, list[tuple[str, Mapping[str, Any]]]]:
     """What a run or a checkpoint to go on from means, and the settings it was made with.
 
     Returns:
@@ -285,7 +285,7 @@ def begun(
                 path, _ = check_run(config, facts, resume)
                 stack.enter_context(locked(path))
                 if config.checkpoint_path is not None:
-                    stack.enter_context(locked(path / checkpoint_path(config)))
+                    stack.enter_context(locked(path / checkpoints_for(config)))
                 outcome = open_run(config, facts, origin, resume, num_steps)
             except NopeError as error:
                 outcome = error
