@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nope_gpt.amounts import format_bytes, format_count, parse_memory
 from nope_gpt.cli.size import text
+from nope_gpt.cli.workloads import section_of_plan
 from nope_gpt.config import SHAPE_400M, SHAPE_TINY, ModelConfig, PretrainConfig, SizeConfig
 from nope_gpt.config.knobs import flag_of, kind_of, resolve
 from nope_gpt.errors import CapacityError, UsageError
@@ -34,7 +35,6 @@ from nope_gpt.sizing.arithmetic import (
 from nope_gpt.sizing.hardware import GPUS, known_gpu
 from nope_gpt.sizing.memory import inference_memory, snapshot, training_memory, usable_memory
 from nope_gpt.sizing.plans import WIDTHS, Plan, Planner, shape_of
-from nope_gpt.sizing.report import section_of_plan
 from nope_gpt.sizing.time import Machine
 from nope_gpt.training import compilation, planning
 from nope_gpt.training.measuring import learner_of, rehearsed_peak, train_step

@@ -7,8 +7,7 @@ from typing import Any
 
 from nope_gpt.amounts import format_bytes, format_seconds
 from nope_gpt.cli.datasets import counted
-from nope_gpt.cli.tables import text
-from nope_gpt.sizing.report import Section
+from nope_gpt.cli.tables import Section, text
 
 Facts = dict[str, Any]
 

@@ -8,21 +8,15 @@ from typing import Any
 
 from nope_gpt.amounts import format_bytes, parse_memory
 from nope_gpt.cli.options import JSON, configured, option
-from nope_gpt.cli.tables import markdown, text
+from nope_gpt.cli.tables import Section, markdown, text
 from nope_gpt.cli.terminal import result
+from nope_gpt.cli.workloads import section_of_plan, sections, workload_in_words
 from nope_gpt.config import ModelConfig, SizeConfig
 from nope_gpt.errors import UsageError
+from nope_gpt.sizing.facts import facts, facts_of_plan
 from nope_gpt.sizing.measurements import store
 from nope_gpt.sizing.memory import training_memory, usable_memory
 from nope_gpt.sizing.plans import Planner
-from nope_gpt.sizing.report import (
-    Section,
-    facts,
-    facts_of_plan,
-    section_of_plan,
-    sections,
-    workload_in_words,
-)
 from nope_gpt.sizing.time import Machine
 
 FORMAT = option("format", str, "text, or markdown.", default="text", metavar="[text|markdown]")

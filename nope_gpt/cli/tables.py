@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from nope_gpt.sizing.report import Section
+from dataclasses import dataclass
 
 BAR = 24
 """Characters of the whole."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table: a row is a name, a value, and perhaps a share of the whole to draw."""
+
+    title: str
+    rows: list[tuple[str, str, float | None]]
 
 
 def text(tables: list[Section]) -> str:
