@@ -8,10 +8,8 @@ Shapes: B batch, T tokens, C embedding dimensions, V vocabulary.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Generator, Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +18,7 @@ from nope_gpt.config import LOSS_CHUNK, RECALLED_FROM, ModelConfig, SamplingConf
 from nope_gpt.device import refuse_small_memory
 from nope_gpt.errors import UsageError
 from nope_gpt.generation.continuation import continuation, pairs
-from nope_gpt.hub import remote, storage
-from nope_gpt.hub.locating import locate
-from nope_gpt.hub.storage import SavedModel
+from nope_gpt.hub.storage import Pretrained
 from nope_gpt.network import initialization
 from nope_gpt.network.attention import Documents, kernels_without_plans
 from nope_gpt.network.blocks import NORM_EPSILON, Decoder
@@ -35,15 +31,14 @@ from nope_gpt.network.cross_entropy import (
 )
 from nope_gpt.network.embedding import TiedEmbedding
 from nope_gpt.network.native import NativeReader
-from nope_gpt.network.quantization import Int8Embedding, Int8Linear
+from nope_gpt.network.quantization import Int8Embedding, round_linears
 from nope_gpt.network.recall import Recall, before_each
 from nope_gpt.network.replaying import ReplayingReader
-from nope_gpt.network.sharpening import Sharpening
 from nope_gpt.sizing.arithmetic import count_parameters
 from nope_gpt.sizing.memory import inference_memory
 
 
-class NoPEGPT(nn.Module):
+class NoPEGPT(Pretrained):
     """The network.
 
     Args:
@@ -79,9 +74,9 @@ class NoPEGPT(nn.Module):
             hidden_ratio=hidden_ratio,
             dropout=dropout,
         )
-        self.trained_context_length: int | None = None
-        self.first_token: int | None = None
-        self.sharpenings: dict[int, Sharpening] = {}
+        self.trained_context_length = None
+        self.first_token = None
+        self.sharpenings = {}
         self.loss_chunk = LOSS_CHUNK
         self.to_gradient: ToGradient = to_gradient
         self.token_embeddings: TiedEmbedding | Int8Embedding
@@ -90,10 +85,6 @@ class NoPEGPT(nn.Module):
         self.norm = nn.RMSNorm(embedding_dimensions, eps=NORM_EPSILON)
         self.recall: Recall | None = None
         initialization.scaled(self)
-
-    @classmethod
-    def from_config(cls, config: ModelConfig) -> Self:
-        return cls(**config.as_dict())
 
     def forward(
         self,
@@ -301,11 +292,7 @@ class NoPEGPT(nn.Module):
         """
         self.requires_grad_(False)
         dtype = dtype or self.norm.weight.dtype
-        for layer in self.decoder.layers:
-            for part in (layer.attention, layer.feed_forward):
-                for name, linear in list(part.named_children()):
-                    if isinstance(linear, nn.Linear):
-                        setattr(part, name, Int8Linear(linear))
+        round_linears(self.decoder)
         if isinstance(self.token_embeddings, TiedEmbedding):
             self.token_embeddings = Int8Embedding(self.token_embeddings, dtype)
         for module in self.modules():
@@ -354,63 +341,3 @@ class NoPEGPT(nn.Module):
         assert isinstance(self.token_embeddings, TiedEmbedding)
         self.config = self.config.changed(vocabulary_size=new_vocabulary_size)
         self.token_embeddings = self.token_embeddings.resized(new_vocabulary_size)
-
-    @classmethod
-    def from_pretrained(cls, model: str | Path, **options: Any) -> Self:
-        """Load a model, ready to generate.
-
-        Args:
-            model: A run, checkpoint or export directory, or a Hub id.
-            options: For the Hub: `revision`, `token`, `cache_dir`, `local_files_only`.
-
-        Raises:
-            NopeError: There is no such model, or its files are not a NoPE GPT.
-        """
-        return cls.from_saved(storage.load(locate(model, **options)))
-
-    @classmethod
-    def from_saved(cls, saved: SavedModel) -> Self:
-        with torch.device("meta"):
-            model = cls.from_config(saved.config)
-        model.load_state_dict(saved.state, assign=True)
-        model.trained_context_length = saved.trained_context_length
-        model.sharpenings = dict(saved.sharpenings)
-        model.first_token = saved.first_token
-        return model.eval()
-
-    def saved(self, state: dict[str, Tensor] | None = None) -> SavedModel:
-        """This model as it goes to disk, with other weights if some are given."""
-        return SavedModel(
-            self.config,
-            state or self.state_dict(),
-            self.trained_context_length,
-            self.sharpenings,
-            self.first_token,
-        )
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors in the published layout.
-
-        Raises:
-            CapacityError: The disk is full.
-            NopeError: The weights are not finite, or the place cannot be written.
-        """
-        path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
-        storage.save(path, self.saved())
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the model to the Hub; returns the address of the commit.
-
-        Args:
-            repo_id: OWNER/NAME.
-            options: `token`, `private`, `commit_message`, `revision`.
-
-        Raises:
-            UsageError: The repository cannot have that name, or is public and was to be private.
-            NetworkError: The Hub cannot be reached, or refuses.
-            NopeError: The weights are not finite.
-        """
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory)
-            return remote.upload(Path(directory), repo_id, **options)

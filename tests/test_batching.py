@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from small import RECIPE, byte_dataset, small_model
 from test_chat import TOKENIZER
 
 from nope_gpt.config import PretrainConfig, SamplingConfig
-from nope_gpt.errors import CapacityError, UsageError
-from nope_gpt.generation import continuation
+from nope_gpt.errors import CapacityError, NopeError, UsageError
 from nope_gpt.generation.batching import Request, answers
+from nope_gpt.generation.continuation import continuation
 from nope_gpt.tokenization import BaseTokenizer
 from nope_gpt.training.pretraining import pretrain
 
@@ -229,3 +230,19 @@ def test_conversations_are_answered_by_a_chat_model() -> None:
     tokens = tokens_of({"messages": messages}, TOKENIZER, "here")
     assert tokens == TOKENIZER.tokenize_prompt(messages)
     assert tokens.count(TOKENIZER.im_end_index) == 1, "what is typed is no control token"
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "wizard", "content": "x"}, "this line has a role that is none of system, user"),
+        ({"role": "user", "content": 3}, "this line has a message without text in `content`"),
+        ("x", "this line has a role that is none of"),
+    ],
+)
+def test_what_is_no_message_to_tune_on_is_none_to_answer(message: object, said: str) -> None:
+    from nope_gpt.cli.many import tokens_of
+
+    with pytest.raises(NopeError, match=re.escape(said)) as caught:
+        tokens_of({"messages": [message]}, TOKENIZER, "prompts.jsonl:1")
+    assert caught.value.where == "prompts.jsonl:1"

@@ -15,7 +15,7 @@ from small import small_model
 
 from nope_gpt.config import SamplingConfig
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.generation import continuation
+from nope_gpt.generation.continuation import continuation
 from nope_gpt.generation.sampling import Draws, add_bias, candidates, draw, penalize_repeats
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5])

@@ -65,7 +65,7 @@ def test_nothing_goes_to_the_hub_when_the_comparison_fails(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reached = []
-    monkeypatch.setattr(exporting.hub, "upload", lambda *_, **__: reached.append(1))
+    monkeypatch.setattr(exporting.remote, "upload", lambda *_, **__: reached.append(1))
     write = exporting.WRITERS["hub"]
 
     def write_wrongly(*given: object) -> exporting.Readers:

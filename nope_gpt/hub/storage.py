@@ -8,23 +8,24 @@ of `transformers_layout.py`, is loaded too.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.files.artefacts import MANIFEST, describe
 from nope_gpt.files.json_files import DAMAGE, parse_json, read_json
 from nope_gpt.files.writing import write_json, write_tensors
-from nope_gpt.hub import published_layout, transformers_layout
-from nope_gpt.hub.locating import CONFIG, INDEX, WEIGHTS
+from nope_gpt.hub import published_layout, remote, transformers_layout
+from nope_gpt.hub.locating import CONFIG, INDEX, WEIGHTS, locate
 from nope_gpt.hub.published_layout import FIRST_TOKEN, TIED
 from nope_gpt.network import sharpening
 from nope_gpt.network.sharpening import Sharpening
@@ -306,3 +307,83 @@ def write_weights(
         write_tensors(path / file, {name: whole[name] for name in names}, metadata=header)
     index = {"metadata": {"total_size": size}, "weight_map": plan.tensor_to_filename}
     write_json(path / INDEX, index)
+
+
+class Pretrained(nn.Module):
+    """What any network of ours can do with a disk and the Hub.
+
+    Attributes:
+        config: Its shape.
+        trained_context_length: Tokens of context that it was trained on, if that is known.
+        sharpenings: How much sharper attention is to be, by planned context.
+        first_token: What all it reads begins with, if it was trained so.
+    """
+
+    config: ModelConfig
+    trained_context_length: int | None
+    sharpenings: dict[int, Sharpening]
+    first_token: int | None
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> Self:
+        return cls(**config.as_dict())
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, **options: Any) -> Self:
+        """Load a model, ready to generate.
+
+        Args:
+            model: A run, checkpoint or export directory, or a Hub id.
+            options: For the Hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            NopeError: There is no such model, or its files are not a NoPE GPT.
+        """
+        return cls.from_saved(load(locate(model, **options)))
+
+    @classmethod
+    def from_saved(cls, saved: SavedModel) -> Self:
+        with torch.device("meta"):
+            model = cls.from_config(saved.config)
+        model.load_state_dict(saved.state, assign=True)
+        model.trained_context_length = saved.trained_context_length
+        model.sharpenings = dict(saved.sharpenings)
+        model.first_token = saved.first_token
+        return model.eval()
+
+    def saved(self, state: dict[str, Tensor] | None = None) -> SavedModel:
+        """This model as it goes to disk, with other weights if some are given."""
+        return SavedModel(
+            self.config,
+            state or self.state_dict(),
+            self.trained_context_length,
+            self.sharpenings,
+            self.first_token,
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors in the published layout.
+
+        Raises:
+            CapacityError: The disk is full.
+            NopeError: The weights are not finite, or the place cannot be written.
+        """
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        save(path, self.saved())
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model to the Hub; returns the address of the commit.
+
+        Args:
+            repo_id: OWNER/NAME.
+            options: `token`, `private`, `commit_message`, `revision`.
+
+        Raises:
+            UsageError: The repository cannot have that name, or is public and was to be private.
+            NetworkError: The Hub cannot be reached, or refuses.
+            NopeError: The weights are not finite.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            return remote.upload(Path(directory), repo_id, **options)

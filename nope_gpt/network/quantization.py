@@ -77,3 +77,11 @@ class Int8Embedding(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., C] to [..., V]."""
         return F.linear(hidden, self.weight.to(hidden.dtype)) * self.scale.to(hidden.dtype)
+
+
+def round_linears(module: nn.Module) -> None:
+    """Replace every `Linear` in a module by its rounded one, in place."""
+    for part in list(module.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(part, name, Int8Linear(child))
