@@ -339,6 +339,18 @@ def test_a_lasting_fault_is_an_error_of_the_network(
 
 
 @pytest.mark.parametrize("status", [401, 403])
+def test_what_the_hub_forbids_is_no_network_that_is_gone(
+    hub: LoopbackHub, prepare: Nope, status: int
+) -> None:
+    hub_datasets.fineweb(hub.root)
+    with hub.fault(Fault(path=r"/api/datasets", status=status)):
+        done = prepare("fineweb")
+    assert done.returncode == 3, done.stderr
+    assert f"the Hub does not let you read this data set ({status})" in done.stderr
+    assert "hf auth login" in done.stderr
+
+
+@pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_data_set_asks_to_log_in(hub: LoopbackHub, prepare: Nope, status: int) -> None:
     hub_datasets.fineweb(hub.root)
     with hub.fault(gated("HuggingFaceFW/fineweb", status=status)):

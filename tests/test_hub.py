@@ -257,6 +257,11 @@ def test_a_name_that_is_no_model_says_what_would_be(name: str) -> None:
     assert "NoPE-GPT-400M-Chat" in str(caught.value)
 
 
+def test_what_was_never_downloaded_is_missed_for_want_of_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(NetworkError, match="the Hub cannot be reached"):
+        locate("org/model", cache_dir=tmp_path, local_files_only=True)
+
+
 @pytest.mark.parametrize("name", ["runs/tunee", "./runs/tun", "deep/runs/tuen"])
 def test_a_model_that_is_not_there_is_asked_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
