@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +79,13 @@ def command(
             f"note: the prompt has {len(tokens):,} tokens, and only {pinned}the last "
             f"{config.context_length - config.pin_tokens:,} are read (--context-length)"
         )
+    continuing = Continuing(config, model, tokenizer, text, tokens, json)
     if config.num_beams > 1:
-        write_beams(config, model, tokenizer, text, tokens, as_json=json)
+        continuing.search()
     elif config.num_samples > 1:
-        write_samples(config, model, tokenizer, text, tokens, as_json=json)
+        continuing.samples()
     else:
-        write_one(config, model, tokenizer, text, tokens, as_json=json)
+        continuing.stream()
 
 
 def refuse_contradictions(
@@ -115,94 +117,90 @@ def refuse_contradictions(
         )
 
 
-def write_one(
-    config: GenerateConfig,
-    model: NoPEGPT,
-    tokenizer: BaseTokenizer,
-    prompt: str,
-    tokens: list[int],
-    *,
-    as_json: bool,
-) -> None:
-    """Stream one continuation."""
-    from nope_gpt.cli.writing import write_stream
-    from nope_gpt.generation.streaming import TextStream
+@dataclass(frozen=True)
+class Continuing:
+    """A prompt and what is to continue it, in one of three ways."""
 
-    stream = TextStream(
-        model, tokenizer, tokens, config, log_probabilities=config.log_probabilities
-    )
-    try:
-        if as_json:
-            text = "".join(piece.text for piece in stream)
-            value = {"prompt": prompt, "text": text, **stream.statistics.as_dict()}
-            if config.log_probabilities is not None:
-                value["tokens"] = stream.scores
-            result(text, value, as_json=True)
-        else:
-            write_stream(stream, config.colorize_tokens)
-            sys.stdout.write("\n")
-    finally:
-        if not as_json:
-            say(str(stream.statistics), style="dim")
+    config: GenerateConfig
+    model: NoPEGPT
+    tokenizer: BaseTokenizer
+    prompt: str
+    tokens: list[int]
+    as_json: bool
 
+    def stream(self) -> None:
+        """Stream one continuation."""
+        from nope_gpt.cli.writing import write_stream
+        from nope_gpt.generation.streaming import TextStream
 
-def write_samples(
-    config: GenerateConfig,
-    model: NoPEGPT,
-    tokenizer: BaseTokenizer,
-    prompt: str,
-    tokens: list[int],
-    *,
-    as_json: bool,
-) -> None:
-    """Print several continuations of one prompt, side by side in a batch."""
-    from nope_gpt.cli.loading import seed_for
-    from nope_gpt.generation.batching import Request, answers
+        stream = TextStream(
+            self.model,
+            self.tokenizer,
+            self.tokens,
+            self.config,
+            log_probabilities=self.config.log_probabilities,
+        )
+        try:
+            if self.as_json:
+                text = "".join(piece.text for piece in stream)
+                value = {"prompt": self.prompt, "text": text, **stream.statistics.as_dict()}
+                if self.config.log_probabilities is not None:
+                    value["tokens"] = stream.scores
+                result(text, value, as_json=True)
+            else:
+                write_stream(stream, self.config.colorize_tokens)
+                sys.stdout.write("\n")
+        finally:
+            if not self.as_json:
+                say(str(stream.statistics), style="dim")
 
-    requests = [Request(tokens, seed_for(config, 0, i)) for i in range(config.num_samples)]
-    samples: list[dict[str, Any]] = []
-    for answer in answers(model, tokenizer, requests, config, config.batch_size):
-        samples.append(answer.as_dict())
-        if not as_json:
-            say(f"sample {answer.index + 1} of {config.num_samples}", style="dim")
-            print(answer.text, flush=True)
-    if as_json:
-        result("", {"prompt": prompt, "samples": samples}, as_json=True)
+    def samples(self) -> None:
+        """Print several continuations of one prompt, side by side in a batch."""
+        from nope_gpt.cli.loading import seed_for
+        from nope_gpt.generation.batching import Request, answers
 
+        requests = [
+            Request(self.tokens, seed_for(self.config, 0, i))
+            for i in range(self.config.num_samples)
+        ]
+        samples: list[dict[str, Any]] = []
+        for answer in answers(
+            self.model, self.tokenizer, requests, self.config, self.config.batch_size
+        ):
+            samples.append(answer.as_dict())
+            if not self.as_json:
+                say(f"sample {answer.index + 1} of {self.config.num_samples}", style="dim")
+                print(answer.text, flush=True)
+        if self.as_json:
+            result("", {"prompt": self.prompt, "samples": samples}, as_json=True)
 
-def write_beams(
-    config: GenerateConfig,
-    model: NoPEGPT,
-    tokenizer: BaseTokenizer,
-    prompt: str,
-    tokens: list[int],
-    *,
-    as_json: bool,
-) -> None:
-    """Print the likeliest continuation that beams can find."""
-    from nope_gpt.generation.beams import beam_search
+    def search(self) -> None:
+        """Print the likeliest continuation that beams can find."""
+        from nope_gpt.generation.beams import beam_search
 
-    found = beam_search(
-        model,
-        tokens,
-        config,
-        num_beams=config.num_beams,
-        length_penalty=config.length_penalty,
-        stop_tokens=frozenset(tokenizer.stop_tokens),
-    )
-    texts = [
-        tokenizer.decode_tokens([t for t in item.tokens if t not in tokenizer.stop_tokens])
-        for item in found
-    ]
-    value = {
-        "prompt": prompt,
-        "text": texts[0],
-        "hypotheses": [
-            {"text": text, "log_probability": item.log_probability, "score": item.score}
-            for text, item in zip(texts, found, strict=True)
-        ],
-    }
-    result(texts[0], value, as_json)
+        found = beam_search(
+            self.model,
+            self.tokens,
+            self.config,
+            num_beams=self.config.num_beams,
+            length_penalty=self.config.length_penalty,
+            stop_tokens=frozenset(self.tokenizer.stop_tokens),
+        )
+        texts = [
+            self.tokenizer.decode_tokens(
+                [t for t in item.tokens if t not in self.tokenizer.stop_tokens]
+            )
+            for item in found
+        ]
+        value = {
+            "prompt": self.prompt,
+            "text": texts[0],
+            "hypotheses": [
+                {"text": text, "log_probability": item.log_probability, "score": item.score}
+                for text, item in zip(texts, found, strict=True)
+            ],
+        }
+        result(texts[0], value, self.as_json)
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
