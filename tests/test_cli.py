@@ -301,6 +301,7 @@ def test_what_changes_nothing_is_taken_and_neither_shown_nor_kept(
         ("tune", ["--dataset_subsets=one,two"], "dataset_subset", "one,two"),
         ("tune", ["--base_checkpoint_path=runs/base"], "model", "runs/base"),
         ("generate", ["--checkpoint_path=exports/m"], "model", "exports/m"),
+        ("generate", ["--beam_width=4"], "num_beams", 4),
         ("chat", ["--checkpoint_path", "exports/m"], "model", "exports/m"),
         ("size", ["--num_decoder_layers=3"], "num_decoder_layers", 3),
     ],
@@ -324,6 +325,7 @@ def test_only_flags_are_respelled() -> None:
         (["tune", "--quantize_base_weights"], "leave the flag out"),
         (["tune", "--quant_group_size=64"], "leave the flag out"),
         (["pretrain", "--resume_scheduler"], "--resume always goes on with the schedule"),
+        (["generate", "--num_candidates=3"], "the best one is printed"),
     ],
 )
 def test_a_retired_flag_says_what_to_do_and_leaves_in_order(
