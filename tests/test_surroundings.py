@@ -6,14 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from small import SHAPE
+from small import SHAPE, small_model
 
 from nope_gpt.errors import NopeError
 from nope_gpt.files.artefacts import FORMAT_VERSION, MANIFEST, read_manifest, verify
+from nope_gpt.tokenization import BaseTokenizer
 
 COMMAND = "import sys; from nope_gpt.cli import main; main(sys.argv[1:])"
 
@@ -155,3 +156,86 @@ def test_locks_without_effect_are_told(tmp_path: Path, corpus: Path, under: Run)
         assert ("locks have no effect on this file system" in done.stderr) == said
     one, other = (tmp_path / f"root-{said}" / "corpus-bytes" / MANIFEST for said in (True, False))
     assert one.read_bytes() == other.read_bytes()
+
+
+needs_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="what root may do is taken from it by a call of Linux"
+)
+
+BOUND_BY_MODES = """
+import ctypes
+libc = ctypes.CDLL(None)
+header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+libc.capget(header, sets)
+sets[0] &= ~0b110
+libc.capset(header, sets)
+"""
+"""Takes from root what lets it read and write where the mode of a file forbids it."""
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A directory that nothing can be written into."""
+    path = tmp_path / "locked"
+    path.mkdir()
+    path.chmod(0o555)
+    yield path
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A model of bytes."""
+    path = tmp_path / "model"
+    small_model(vocabulary_size=257).save_pretrained(path)
+    BaseTokenizer.of_bytes().save(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="what root may do is taken from it as Linux has it"
+)
+def test_a_place_that_may_not_be_written_is_told_and_stays_as_it_is(
+    tmp_path: Path, corpus: Path, under: Run, locked: Path, written: Path
+) -> None:
+    prepare = ["prepare", corpus, "--token-encoding=bytes"]
+    assert under("", *prepare).returncode == 0
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n')
+    many = ["generate", "--input=prompts.jsonl", f"--model={written}", "--max-tokens=2"]
+    for command in (
+        [*prepare, f"--dataset-path={locked}/sets"],
+        [*TRAINING, f"--run-dir-path={locked}/runs"],
+        ["export", f"--model={written}", "--format=hub", f"--output={locked}/out"],
+        [*many, f"--output={locked}/texts.jsonl"],
+    ):
+        done = under(BOUND_BY_MODES, *command)
+        assert done.returncode == 1, (command, done.stderr)
+        assert "cannot write here: Permission denied" in done.stderr, command
+        assert str(locked) in done.stderr
+        assert "Traceback" not in done.stderr
+        assert list(locked.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="what root may do is taken from it as Linux has it"
+)
+def test_a_home_that_may_not_be_written_is_done_without(
+    under: Run, corpus: Path, locked: Path, written: Path
+) -> None:
+    world = f"""
+import os
+os.environ["HOME"] = {str(locked)!r}
+for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME", "HF_HOME", "TIKTOKEN_CACHE_DIR"):
+    os.environ.pop(name, None)
+"""
+    for command in (
+        ["prepare", corpus, "--token-encoding=bytes"],
+        ["generate", "The", f"--model={written}", "--max-tokens=3"],
+        ["chat", f"--model={written}", "--max-tokens=3"],
+        ["doctor"],
+    ):
+        done = under(BOUND_BY_MODES + world, *command)
+        assert "Traceback" not in done.stderr, (command, done.stderr)
+        assert done.returncode == 0 or command == ["doctor"], (command, done.stderr)
