@@ -56,7 +56,7 @@ test-llama: setup  ## Install llama.cpp, which compiles for minutes, and run the
 test-gpu: setup  ## Run what needs an NVIDIA GPU
 	$(PYTEST_RUN) -m gpu $(PYTEST) $(TESTS)
 
-mutants: setup  ## Plant faults, `MODULES="attention hub"` for some, and see the tests catch them
+mutants: setup  ## Plant faults, `MODULES="hub/storage"` for some, and see the tests catch them
 	$(BIN)/python tests/mutants.py --jobs 2 $(MODULES)
 
 fuzz: setup  ## Install atheris, and damage what is read for SECONDS=600 each: FUZZ="models data_sets"

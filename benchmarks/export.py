@@ -115,7 +115,7 @@ def main() -> None:
             output = str(place / name.replace(" ", "-").replace(",", ""))
             made = export(ExportConfig(model=model, output=output, overwrite=True, **settings))[0]
             seconds = time.perf_counter() - begun
-            for report in made.reports:
+            for report in made.record.reports:
                 reader = report.read_by.partition(" from ")[0]
                 print(
                     f"| {name} | {format_bytes(size_of(made.path))} | {seconds:.0f} | {reader} | "

@@ -117,11 +117,11 @@ def line(
     spans = spans_of(text, length * max(TIMES), 10**9)
     losses, keys, filler = {}, [], text.tolist()
     for times, model in models.items():
-        network = OwnScorer(model)
+        scorer = OwnScorer(model)
         with helped(times):
-            losses[times * length] = windowed_losses(network, spans, times * length)
+            losses[times * length] = windowed_losses(scorer, spans, times * length)
             depths = found_by_depth(
-                network, tokenizer, filler, [times * length], num_depths=DEPTHS, num_keys=KEYS
+                scorer, tokenizer, filler, [times * length], num_depths=DEPTHS, num_keys=KEYS
             )
         keys.append(statistics.fmean(found.share for found in depths))
     cells = [f"{cell.perplexity:.2f} ({cell.ratio:.3f}x)" for cell in by_length(losses)]

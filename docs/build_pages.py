@@ -77,22 +77,25 @@ def measured(page: str) -> str:
     marked = r"^(<!-- (benchmarks/results/[\w-]+\.md)(?:, table (\d+))? -->\n)(?:\|.*\n)*"
 
     def table(mark: re.Match[str]) -> str:
-        output = (ROOT / mark[2]).read_text(encoding="utf-8")
-        tables = re.findall(r"(?:^\|.*\n)+", output, re.MULTILINE)
-        return mark[1] + str(tables[int(mark[3] or 1) - 1])
+        output, number = ROOT / mark[2], int(mark[3] or 1)
+        text = output.read_text(encoding="utf-8") if output.is_file() else ""
+        tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+        if number > len(tables):
+            sys.exit(f"{mark[2]} has no table {number}: python benchmarks/all.py writes it")
+        return mark[1] + str(tables[number - 1])
 
     return re.sub(marked, table, page, flags=re.MULTILINE)
 
 
 def main() -> None:
     """Write them, or say which one is stale."""
-    texts = {page: measured(page.read_text(encoding="utf-8")) for page in PAGES.glob("*.md")}
+    texts = {page: measured(page.read_text(encoding="utf-8")) for page in PAGES.rglob("*.md")}
     texts |= {PAGES / "cli.md": command_line(), PAGES / "modules.md": modules()}
     for page, text in texts.items():
         if "--check" not in sys.argv:
             page.write_text(text, encoding="utf-8")
         elif not page.is_file() or page.read_text(encoding="utf-8") != text:
-            sys.exit(f"docs/{page.name} is stale: run `make docs` and commit it")
+            sys.exit(f"{page.relative_to(ROOT)} is stale: run `make docs` and commit it")
 
 
 if __name__ == "__main__":

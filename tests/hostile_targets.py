@@ -33,12 +33,14 @@ from nope_gpt.data.shards import TOLD, Dataset
 from nope_gpt.errors import NopeError
 from nope_gpt.evaluation import record
 from nope_gpt.export import card, legacy
-from nope_gpt.files.artefacts import MANIFEST, describe, verify
+from nope_gpt.export.record import Record, Report
+from nope_gpt.files.artefacts import MANIFEST, PARITY, describe, verify
 from nope_gpt.hub import storage
 from nope_gpt.hub.history import logged, stages_of
 from nope_gpt.hub.locating import locate
 from nope_gpt.hub.published_layout import published_names
 from nope_gpt.hub.transformers_layout import ARCEE, LLAMA, settings, to_layout
+from nope_gpt.inspection import facts_of
 from nope_gpt.memory import Message
 from nope_gpt.model import NoPEGPT
 from nope_gpt.network.sharpening import Sharpening
@@ -156,6 +158,22 @@ def published_model(root: Path) -> Target:
     storage.write_sharpenings(root, {128: Sharpening(1.5), 256: Sharpening(1.0, 0.2)}, 64)
     files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken"]
     return Target(root, [*files, "history.json", "evaluation.json"], use_model)
+
+
+def use_export(path: Path) -> None:
+    """What `nope inspect --verify` tells of an export."""
+    assert json.dumps(facts_of(path, verify=True))
+
+
+def exported_model(root: Path) -> Target:
+    """An export, with the record of how it compared with its source."""
+    published_model(root)
+    numbers = dict.fromkeys(("largest_error", "largest_logit", "divergence", "likeliest"), 0.5)
+    counts = dict.fromkeys(("num_tokens", "continued", "num_texts", "texts"), 24)
+    report = Report.of({"read_by": "nope-gpt", "complaints": [], **numbers, **counts})
+    files = {file.name: describe(file) for file in sorted(root.iterdir())}
+    Record("hub", "0.2.0", {"license": None}, [report], files).write(root)
+    return Target(root, [PARITY, "config.json"], use_export)
 
 
 def model_in_parts(root: Path) -> Target:
@@ -375,6 +393,7 @@ def settings_files(root: Path) -> Target:
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "a published model": published_model,
+    "an export": exported_model,
     "a model in parts": model_in_parts,
     "an Arcee": foreign_model(ARCEE),
     "a Llama": foreign_model(LLAMA),

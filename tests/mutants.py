@@ -1,6 +1,6 @@
 """Plant faults in copies of the package, one in each, and see that the tests catch them.
 
-    python tests/mutants.py [--jobs 2] [attention data/shards ...]
+    python tests/mutants.py [--jobs 2] [network/attention data/shards ...]
 
 `mutants.toml` lists, for each module, the tests that guard it and the faults.
 """

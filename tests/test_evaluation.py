@@ -75,9 +75,9 @@ def test_a_sliding_window_sees_all_but_a_stride(stride):
 
 
 def test_a_window_as_long_as_its_stride_is_no_sliding_one():
-    network, spans = OwnScorer(small_model()), spans_of(TEXT, 32, 2)
-    slid = sliding_losses(network, spans, 8, 8)
-    torch.testing.assert_close(slid, windowed_losses(network, spans, 8))
+    scorer, spans = OwnScorer(small_model()), spans_of(TEXT, 32, 2)
+    slid = sliding_losses(scorer, spans, 8, 8)
+    torch.testing.assert_close(slid, windowed_losses(scorer, spans, 8))
 
 
 def test_sums_errors_and_buckets_are_those_of_the_tokens():
@@ -198,14 +198,14 @@ def test_a_probe_has_its_length_its_number_at_its_depth_and_its_question_at_the_
 
 def test_found_means_that_greedy_decoding_writes_it():
     model = small_model(vocabulary_size=257)
-    network = OwnScorer(model)
+    scorer = OwnScorer(model)
     asked = probe(BYTES, BYTES.tokenize("abc"), 120, 0.5, "1")
     greedy = {"max_tokens": len(asked.answer), "temperature": 0, "repeat_penalty": 0}
     written = model.generate(torch.tensor(asked.tokens), **greedy)
     answer = [int(token) for token, _ in written]
-    assert finds(network, asked._replace(answer=answer))
-    assert not finds(network, asked._replace(answer=[*answer[:-1], (answer[-1] + 1) % 257]))
-    assert not finds(network, asked)
+    assert finds(scorer, asked._replace(answer=answer))
+    assert not finds(scorer, asked._replace(answer=[*answer[:-1], (answer[-1] + 1) % 257]))
+    assert not finds(scorer, asked)
 
 
 HEADS = {name: SETTINGS[name] for name in ("num_q_heads", "num_kv_heads")}
@@ -307,11 +307,11 @@ def test_a_longer_context_is_evaluated_as_it_would_be_planned(found, dtype):
     spans = spans_of(TEXT, 32, 2)
     plain = {length: windowed_losses(OwnScorer(model), spans, length) for length in (8, 16, 32)}
     model.sharpenings = {16: found}
-    network = OwnScorer(model)
+    scorer = OwnScorer(model)
     seen = {}
     for length in (8, 32, 16, 8):
-        with network.planned(length) as used:
-            seen[length] = windowed_losses(network, spans, length)
+        with scorer.planned(length) as used:
+            seen[length] = windowed_losses(scorer, spans, length)
         assert used == (NONE if length == 8 else found)
     assert torch.equal(seen[8], plain[8])
     prepare_for_context(model, 16)

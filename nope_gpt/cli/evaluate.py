@@ -132,11 +132,11 @@ def compare(
     from nope_gpt.evaluation.foreign import open_foreign
 
     with waiting(f"loading {config.model}"):
-        network, tokenizer, known = open_foreign(config)
+        scorer, tokenizer, known = open_foreign(config)
     length = trained_length_of(config, known)
     tokens = torch.tensor(tokenizer.tokenize(read_text(str(config.text))))
     with counting() as started:
-        found = evaluate(network, tokenizer, tokens, length, config, started)
+        found = evaluate(scorer, tokenizer, tokens, length, config, started)
     tell(found, figure, plot, as_json=as_json)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from nope_gpt.amounts import format_bytes, format_seconds
 from nope_gpt.cli.terminal import QUIET_SECONDS, Pace, progress_bar, say, talk
-from nope_gpt.data.planning import Estimate
-from nope_gpt.data.schedule import Progress
+
+if TYPE_CHECKING:
+    from nope_gpt.data.planning import Estimate
+    from nope_gpt.data.schedule import Progress
 
 
 def estimated(needed: Estimate) -> str:

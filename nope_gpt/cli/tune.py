@@ -19,8 +19,8 @@ def command(config: TuneConfig, resume: bool | Path, gpus: int | None, json: boo
     Trains low-rank adapters and the rows of the control tokens, or all weights with --full, on
     the answers alone; with pairs, to prefer the better one (DPO). The base model stays as it is;
     the checkpoints of the new run have the adapters folded in, and hold them apart as well. A file,
-    `smoltalk` or `ultrafeedback` that is not prepared yet is prepared first; any other data set by
-    `nope prepare`.
+    `smoltalk`, `ultrafeedback` or, with --extend, `fineweb` that is not prepared yet is prepared
+    first; any other data set by `nope prepare`.
 
     Examples:
 
@@ -53,7 +53,7 @@ def command(config: TuneConfig, resume: bool | Path, gpus: int | None, json: boo
 
 
 def source_of(config: TuneConfig) -> str | None:
-    """What --dataset names, if that is to be prepared: a file, or a data set of the Hub."""
+    """What --dataset names, if that is to be prepared: a file, or one that is known of the Hub."""
     from nope_gpt.data.catalog import known_collection
     from nope_gpt.files.artefacts import MANIFEST
 

@@ -262,13 +262,16 @@ def refuse_small_disks(needed: Estimate, root: Path, downloads: Path) -> None:
     Raises:
         CapacityError: It does not.
     """
-    places = [nearest_directory(path) for path in (root, downloads)]
-    sizes = [needed.disk_bytes, needed.kept_bytes]
-    if places[0].stat().st_dev == places[1].stat().st_dev:
-        places, sizes = places[:1], [sum(sizes)]
-    for place, size in zip(places, sizes, strict=True):
-        flag = "--dataset-path, or a smaller --dataset-subset"
-        refuse_small_disk(place, size, "what is still to be prepared", flag)
+    flags = "--dataset-path or a smaller --dataset-subset", "--download-path"
+    wanted = [
+        (root, needed.disk_bytes, "about all that is still to be written", flags[0]),
+        (downloads, needed.kept_bytes, "about all that is still to be downloaded", flags[1]),
+    ]
+    if len({nearest_directory(path).stat().st_dev for path in (root, downloads)}) == 1:
+        size = needed.disk_bytes + needed.kept_bytes
+        wanted = [(root, size, "about all that is still to be prepared", flags[0])]
+    for place, size, what, flag in wanted:
+        refuse_small_disk(nearest_directory(place), size, what, flag)
 
 
 def encoding_speed(config: PrepareConfig) -> float:

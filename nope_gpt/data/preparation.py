@@ -67,7 +67,8 @@ class Preparation:
         self.base = base_name(names, config)
         self.staging = Staging(self.root / f"{self.base}{SUFFIX}")
         self.was_there = self.staging.path.exists()
-        self.part, self.part_origin = (WHOLE, "") if merge else part_of(config)
+        mine = part_of(config)  # Which refuses a --shard that is none.
+        self.part, self.part_origin = (WHOLE, "") if merge else mine
         self.limit = Limit(config.max_tokens_per_sample, config.filter_long_samples)
         kept = Path(config.download_path).expanduser() if config.download_path else None
         self.downloads = Downloads(kept or self.staging.downloads, self.arrived)

@@ -21,6 +21,7 @@ from nope_gpt.export.readers import OwnReader, Reader, TransformersReader
 from nope_gpt.export.record import Record, Report
 from nope_gpt.export.source import Source, open_source
 from nope_gpt.files.artefacts import PARITY, describe, publish, refuse_existing
+from nope_gpt.files.json_files import DAMAGE
 from nope_gpt.files.writing import refuse_small_disk, write_file, write_json
 from nope_gpt.hub import remote
 from nope_gpt.hub.locating import HISTORY
@@ -253,7 +254,7 @@ def made_before(path: Path, name: str, source: Source, config: ExportConfig) -> 
     try:
         record = Record.read(path)
         files = {file: describe(path / file) for file in record.files if file != CARD}
-    except (NopeError, OSError):
+    except (*DAMAGE, NopeError):
         return None
     same = Record(name, __version__, asked(name, source, config), record.reports, record.files)
     return record if record == same and files.items() <= record.files.items() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,6 +52,12 @@ class Report:
             f"{self.largest_logit:.1f} (KL {self.divergence:.1e}), {self.continued}/"
             f"{NUM_CONTINUED} greedy tokens, {self.texts}/{self.num_texts} texts with equal tokens"
         )
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Self:
+        """What `as_dict` gave; what it does not know is passed over."""
+        known = {field.name: told[field.name] for field in fields(cls)}
+        return cls(**known | {"complaints": tuple(told["complaints"])})
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"complaints": list(self.complaints)}
@@ -110,10 +116,7 @@ class Record:
         try:
             found = read_json(directory / PARITY)
             check(found, PATTERN)
-            reports = [
-                Report(**{**report, "complaints": tuple(report["complaints"])})
-                for report in found["reports"]
-            ]
+            reports = [Report.of(report) for report in found["reports"]]
             files = {Path(name).name: entry for name, entry in found["files"].items()}
             told = {name: found[name] for name in ("format", "version", "asked")}
         except DAMAGE as error:

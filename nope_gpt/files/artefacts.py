@@ -12,14 +12,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nope_gpt.errors import MissingError, NopeError, UsageError
 from nope_gpt.files.json_files import DAMAGE, check, read_json
 from nope_gpt.files.writing import beside, in_json, sync, writing
-
-if TYPE_CHECKING:
-    pass
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
@@ -200,8 +197,9 @@ def verify(path: Path, manifest: Manifest) -> None:
         file = path / Path(name).name
         try:
             found = describe(file)["sha256"]
-        except OSError as error:
-            raise NopeError(f"cannot be read: {error.strerror}", where=str(file)) from None
+        except (OSError, ValueError) as error:  # The latter of a name with a zero byte.
+            reason = getattr(error, "strerror", None) or error
+            raise NopeError(f"cannot be read: {reason}", where=str(file)) from None
         if found != entry["sha256"]:
             raise NopeError(
                 f"this {manifest['kind']} is damaged: {name} is not what was written",

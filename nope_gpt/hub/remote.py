@@ -1,4 +1,4 @@
-"""The Hugging Face Hub as far as it can fail: its refusals become our errors."""
+"""The Hugging Face Hub: what is uploaded, and its refusals, which become our errors."""
 
 from __future__ import annotations
 

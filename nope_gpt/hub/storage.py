@@ -1,4 +1,4 @@
-"""Models on disk: load them, save them.
+"""Models on disk: load them, save them, and what any network can do with a disk and the Hub.
 
 A model is a directory with `config.json` and `model.safetensors`, or several such files and an
 index of them, in the layout of `published_layout.py`. What was exported for transformers, in that
@@ -23,7 +23,7 @@ from nope_gpt.config import ModelConfig
 from nope_gpt.errors import NopeError, UsageError
 from nope_gpt.files.artefacts import MANIFEST, describe
 from nope_gpt.files.json_files import DAMAGE, parse_json, read_json
-from nope_gpt.files.writing import write_json, write_tensors
+from nope_gpt.files.writing import write_json, write_tensors, writing
 from nope_gpt.hub import published_layout, remote, transformers_layout
 from nope_gpt.hub.locating import CONFIG, INDEX, WEIGHTS, locate
 from nope_gpt.hub.published_layout import FIRST_TOKEN, TIED
@@ -369,7 +369,8 @@ class Pretrained(nn.Module):
             NopeError: The weights are not finite, or the place cannot be written.
         """
         path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
         save(path, self.saved())
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -382,6 +383,7 @@ class Pretrained(nn.Module):
         Raises:
             UsageError: The repository cannot have that name, or is public and was to be private.
             NetworkError: The Hub cannot be reached, or refuses.
+            CapacityError: The disk has no room for a copy.
             NopeError: The weights are not finite.
         """
         with tempfile.TemporaryDirectory() as directory:

@@ -81,7 +81,8 @@ class Int8Embedding(nn.Module):
 
 def round_linears(module: nn.Module) -> None:
     """Replace every `Linear` in a module by its rounded one, in place."""
-    for part in list(module.modules()):
-        for name, child in list(part.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(part, name, Int8Linear(child))
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Int8Linear(child))
+        else:
+            round_linears(child)
