@@ -256,7 +256,7 @@ def made_before(path: Path, name: str, source: Source, config: ExportConfig) -> 
         files = {file: describe(path / file) for file in record.files if file != CARD}
     except (*DAMAGE, NopeError):
         return None
-    same = Record(name, __version__, asked(name, source, config), record.reports, record.files)
+    same = replace(record, format=name, version=__version__, asked=asked(name, source, config))
     return record if record == same and files.items() <= record.files.items() else None
 
 
