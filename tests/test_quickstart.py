@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,3 +32,18 @@ def test_quickstart_makes_a_model_and_goes_on_where_it_stopped(nope: Nope, tmp_p
     assert other.returncode == 2
     assert "the seed changed since the run began" in other.stderr
     assert "choose another --directory" in other.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the signal of a terminal is POSIX's")
+def test_an_interrupted_quickstart_says_that_the_same_line_goes_on(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "nope_gpt.cli", "quickstart", "--pretrain-steps=100000"]
+    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    with process.stderr:
+        assert any(text.startswith("step ") for text in process.stderr)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.wait(60) == 130, said
+    assert "by a signal, after saving a checkpoint" in said
+    assert "next:  the same command goes on\n" in said

@@ -23,7 +23,7 @@ from nope_gpt.config import (
     TuneConfig,
 )
 from nope_gpt.config.knobs import Knobs, as_words, differences
-from nope_gpt.errors import UsageError
+from nope_gpt.errors import Interrupted, UsageError
 
 ENCODING = "bpe:4096"
 QUESTION = "What does textwrap.dedent do?"
@@ -55,6 +55,10 @@ def command(
     except UsageError as error:
         hint = "repeat the settings it was begun with, or choose another --directory"
         raise UsageError(error.what, where=error.where, hint=hint) from None
+    except Interrupted as error:  # A run goes on by --resume; this does by itself.
+        raise Interrupted(
+            error.what, exit_code=error.exit_code, hint="the same command goes on"
+        ) from None
     exported = export(root, tuned)
     answer(exported, config)
     say(
