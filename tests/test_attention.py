@@ -19,8 +19,10 @@ from nope_gpt.network.attention import (
     blockwise_attention,
     blockwise_attention_backward,
     causal_attention,
+    mask_of_pieces,
     offsets_of,
     packed_attention,
+    shared_attention,
 )
 
 
@@ -30,7 +32,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> T
     repeats, length = q.size(1) // k.size(1), q.size(2)
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     scores = q @ k.transpose(-1, -2) / q.size(-1) ** 0.5
-    allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    num_before = k.size(2) - length
+    allowed = torch.ones(length, k.size(2), dtype=torch.bool).tril(num_before)[None, None]
     if documents is not None:
         allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
     probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
@@ -57,6 +60,37 @@ def with_gradients(attend, tensors: list[Tensor], *more: object) -> list[Tensor]
     out = attend(*leaves, *more)
     weight = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out)
     return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+
+
+def compare_pieces(
+    visible: int, dtype: torch.dtype, tolerance: float, device: torch.device | str = "cpu"
+) -> None:
+    """A token's attention in pieces of 64 keys beside all at once in float64; of the two rows, one
+    sees a third of what the other sees.
+    """
+    size = -(-visible // 64) * 64
+    q, k, v = (x.contiguous() for x in drawn(visible, 2, 2, 3, size, 32, dtype))
+    q = 4 * q[:, :, -1:]
+    seen = torch.tensor([visible, max(visible // 3, 1)])
+    unseen = torch.arange(size) >= seen[:, None]
+    truth = torch.cat(
+        [
+            plain(q[row, None], k[row, None, :, :count], v[row, None, :, :count])
+            for row, count in enumerate(seen.tolist())
+        ]
+    )
+    mask = mask_of_pieces(unseen.view(2, -1, 64), 2, dtype)
+    found = shared_attention(*(x.to(device) for x in (q, k, v, mask)))
+    for ours, theirs in zip(found.cpu(), truth, strict=True):
+        assert error(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("visible", [1, 2, 63, 64, 65, 200, 640])
+def test_attention_of_which_each_part_does_a_piece_is_that_of_one(
+    dtype: torch.dtype, tolerance: float, visible: int
+) -> None:
+    compare_pieces(visible, dtype, tolerance)
 
 
 shapes = st.tuples(

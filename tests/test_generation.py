@@ -214,6 +214,29 @@ def specified(
     return normalized()
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 9999),
+    size=st.integers(2, 400),
+    spread=st.sampled_from([0.1, 1.0, 6.0]),
+    top_k=st.sampled_from([0, 7, 1000]),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    top_p=st.sampled_from([0.013, 0.611, 0.957, 1.0]),
+    min_p=st.sampled_from([0.0, 0.0137, 0.313]),
+)
+def test_candidates_are_those_that_the_flags_define(
+    seed: int, size: int, spread: float, top_k: int, temperature: float, top_p: float, min_p: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(size, generator=generator, dtype=torch.float64).float()
+    how: dict[str, Any] = {"top_k": top_k, "temperature": temperature}
+    how |= {"top_p": top_p, "min_p": min_p}
+    tokens, probabilities = candidates(logits, **how)
+    expected = specified(logits.tolist(), **how)
+    assert tokens.tolist() == list(expected)
+    assert probabilities.tolist() == pytest.approx(list(expected.values()), rel=1e-4)
+
+
 def test_a_bias_is_added_to_its_tokens_alone() -> None:
     logits = torch.zeros(6)
     changed = add_bias(logits, {2: 1.5, 5: -100.0})
@@ -258,7 +281,7 @@ def test_a_cache_grows_with_what_it_holds_up_to_its_capacity() -> None:
     for length in (1, 511, 600, 2000, 3000, 4000):
         model.predict(torch.zeros(1, length, dtype=torch.long), cache)
         sizes.append(cache.num_allocated)
-    assert sizes == [512, 512, 1112, 3112, 5000, 5000]
+    assert sizes == [512, 512, 1152, 3136, 5056, 5056]
 
 
 def test_a_cache_that_has_grown_has_what_it_held() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from small import HELPED, byte_dataset, small_model, small_run
 from small_chats import dataset_of, preferences, questions, tuned
-from test_attention import drawn, error, plain, with_gradients
+from test_attention import compare_pieces, drawn, error, plain, with_gradients
 from torch.nn import functional as F
 
 from nope_gpt.config import SHAPE_TINY, SamplingConfig, SizeConfig
@@ -66,6 +66,14 @@ def test_attention_and_its_gradients_are_those_of_an_explicit_mask(
     ours = with_gradients(causal_attention, [tensor.to(CUDA) for tensor in tensors], documents)
     for one, other in zip(ours, truth, strict=True):
         assert error(one.cpu(), other) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("visible", [1, 64, 65, 1000, 4096])
+def test_attention_of_which_each_part_does_a_piece_is_that_of_one(
+    dtype: torch.dtype, tolerance: float, visible: int
+) -> None:
+    compare_pieces(visible, dtype, tolerance, CUDA)
 
 
 def test_attention_keeps_no_scores() -> None:
@@ -241,6 +249,25 @@ def test_what_is_replayed_is_what_the_modules_write() -> None:
         texts.append([int(token) for token, _ in generated])
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 5
+
+
+def test_a_seed_draws_what_it_draws_on_a_cpu() -> None:
+    texts = []
+    for model in (on_gpu(), small_model()):
+        generator = torch.Generator().manual_seed(3)
+        drawn = model.generate(torch.tensor([3, 1, 4]), max_tokens=60, generator=generator)
+        texts.append([int(token) for token, _ in drawn])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 20
+
+
+def test_a_generator_of_the_gpu_draws_the_same_again() -> None:
+    texts = []
+    for seed in (3, 3, 4):
+        generator = torch.Generator(CUDA).manual_seed(seed)
+        drawn = on_gpu().generate(torch.tensor([3, 1, 4]), max_tokens=20, generator=generator)
+        texts.append([int(token) for token, _ in drawn])
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_many_prompts_together_are_each_alone() -> None:

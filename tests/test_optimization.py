@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import small_model
 
-from nope_gpt.config import PretrainConfig
+from nope_gpt.config import MATRICES_TOGETHER, PretrainConfig
 from nope_gpt.training.adafactor import Adafactor
 from nope_gpt.training.muon import Muon
 from nope_gpt.training.optimization import make_optimizers
@@ -93,6 +93,27 @@ def test_muon_moves_a_matrix_by_an_orthogonal_one(shape: tuple[int, int]) -> Non
     values = torch.linalg.svdvals(-weight.detach()) / scale
     assert 0.65 < values.min() <= values.max() < 1.25
     assert ((u.T @ -weight.detach() @ v.T).diagonal() > 0.6 * scale).all()
+
+
+def test_matrices_that_muon_moves_together_move_as_each_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 24), (24, 8), (8, 24), (8, 8), (8, 24), (24, 8)]
+    gradients = [
+        10.0**i * torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)
+    ]
+    moved = []
+    for most in (1, 2):
+        monkeypatch.setitem(MATRICES_TOGETHER, "cpu", most)
+        weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        Muon(weights, lr=1.0).step()
+        moved.append(weights)
+    for together, alone in zip(*moved, strict=True):
+        torch.testing.assert_close(together, alone)
+        assert together.abs().max() > 0.1
 
 
 def test_muon_in_float32_agrees_with_torchs_own() -> None:

@@ -33,6 +33,7 @@ from nope_gpt.sizing.arithmetic import (
     training_flops_per_token,
 )
 from nope_gpt.sizing.hardware import GPUS, known_gpu
+from nope_gpt.sizing.holdings import Holdings
 from nope_gpt.sizing.memory import inference_memory, snapshot, training_memory, usable_memory
 from nope_gpt.sizing.plans import WIDTHS, Plan, Planner, shape_of
 from nope_gpt.sizing.time import Machine
@@ -252,6 +253,13 @@ def test_optimizer_state_is_what_the_optimizers_keep(optimizer, method):
     kept = [value for state in states for value in state.values()]
     kept_bytes = sum(value.nbytes for value in kept if value.dim() > 0)  # steps are scalars
     assert training_memory(work).optimizer == kept_bytes
+
+
+@pytest.mark.parametrize(("layers", "together"), [(20, 8), (3, 3)])
+def test_on_a_gpu_muon_moves_eight_matrices_of_a_shape_at_a_time(layers, together):
+    work = SizeConfig(precision="bfloat16", device="cuda", num_decoder_layers=layers)
+    numbers = work.hidden_dimensions * work.embedding_dimensions + work.embedding_dimensions**2
+    assert Holdings(work).update() == 2 * 2 * together * numbers
 
 
 GRID = variants(

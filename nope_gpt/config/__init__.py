@@ -16,7 +16,13 @@ from nope_gpt.config.pretraining import RECALLED_FROM, SHORTEST_PIECE, PretrainC
 from nope_gpt.config.quickstart import QuickstartConfig
 from nope_gpt.config.shape import ModelConfig, ModelShape
 from nope_gpt.config.sizing import SizeConfig, Workload
-from nope_gpt.config.training import CACHED_BYTES, LOSS_CHUNK, LOSS_ROWS, TrainingConfig
+from nope_gpt.config.training import (
+    CACHED_BYTES,
+    LOSS_CHUNK,
+    LOSS_ROWS,
+    MATRICES_TOGETHER,
+    TrainingConfig,
+)
 from nope_gpt.config.tuning import CONTROL_TOKENS, EXTENSION_INTERVAL, TuneConfig
 
 __all__ = [
@@ -27,6 +33,7 @@ __all__ = [
     "IMPLIED",
     "LOSS_CHUNK",
     "LOSS_ROWS",
+    "MATRICES_TOGETHER",
     "MODEL",
     "PRESETS",
     "RECALLED_FROM",

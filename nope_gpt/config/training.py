@@ -20,6 +20,11 @@ LOSS_CHUNK = 1024
 LOSS_ROWS = 8192
 """Of the vocabulary, whose gradients are added at a time: enough for products at full speed."""
 
+MATRICES_TOGETHER = {"cuda": 8}
+"""Of one shape, that Muon makes orthogonal at a time, elsewhere one: a GPU would wait for Python,
+which has some thirty kernels to start for each of them.
+"""
+
 CACHED_BYTES = {"cpu": 4 << 20}
 """Of scores in float32 that a CPU takes at a time, so that its cache holds them throughout."""
 
@@ -33,7 +38,7 @@ class TrainingConfig(Knobs):
 
     command: ClassVar[str]
     without_effect: ClassVar[Mapping[str, WithoutEffect]] = {
-        "low_memory_optimizer": WithoutEffect(bool, "every optimizer updates one tensor at a time")
+        "low_memory_optimizer": WithoutEffect(bool, "every optimizer updates few tensors at a time")
     }
 
     dataset_path: str = knob(

@@ -61,7 +61,6 @@ class Row:
         request: What to answer.
         tokenizer: The model's.
         sampling: How to draw, and where to stop.
-        device: Of the model.
     """
 
     def __init__(
@@ -70,12 +69,11 @@ class Row:
         request: Request,
         tokenizer: BaseTokenizer,
         sampling: SamplingConfig,
-        device: torch.device,
     ) -> None:
         self.index = index
         self.tokenizer = tokenizer
         self.most = sampling.max_tokens
-        self.draws = Draws(sampling, torch.Generator(device).manual_seed(request.seed))
+        self.draws = Draws(sampling, torch.Generator().manual_seed(request.seed))
         self.decoder = StreamDecoder(tokenizer)
         self.cutter = StopText(sampling.stop)
         self.said: list[str] = []
@@ -141,7 +139,7 @@ def answers(
         for place in set(range(num_rows)) - rows.keys():
             for index in waiting:
                 cache.truncate(place, 0)
-                row = Row(index, requests[index], tokenizer, sampling, model.device)
+                row = Row(index, requests[index], tokenizer, sampling)
                 read = torch.tensor([prompts[index]], device=model.device)
                 answer = row.take(model.predict(read, cache, [place])[0])
                 if answer is None:
@@ -151,7 +149,8 @@ def answers(
         if rows:
             places = sorted(rows)
             newest = torch.tensor([[rows[place].newest] for place in places], device=model.device)
-            for place, logits in zip(places, model.predict(newest, cache, places), strict=True):
+            every = model.predict(newest, cache, places).cpu()
+            for place, logits in zip(places, every, strict=True):
                 answer = rows[place].take(logits)
                 if answer:
                     done[answer.index] = answer

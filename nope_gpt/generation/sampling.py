@@ -21,7 +21,7 @@ class Choice(NamedTuple):
     """A token that was drawn.
 
     Attributes:
-        token: Its id [].
+        token: Its id [], on the CPU as all of these.
         probability: What it was drawn with, after all filters [].
         logits: The model's, before any [V].
     """
@@ -56,13 +56,14 @@ class Draws:
         self.recent: deque[int] = deque(maxlen=sampling.repeat_window)
 
     def next(self, logits: Tensor) -> Choice:
-        """Draw a token from the logits [V] of its place.
+        """Draw a token from the logits [V] of its place, on the CPU: a GPU needs longer for each of
+        some thirty small operations, and so a seed means the same on every device.
 
         Raises:
             NopeError: The logits are not numbers.
             UsageError: A token with a bias is not in the vocabulary.
         """
-        sampling = self.sampling
+        sampling, logits = self.sampling, logits.cpu()
         changed = penalize_repeats(logits, self.recent, sampling.repeat_penalty)
         tokens, probabilities = candidates(
             add_bias(changed, sampling.biases),
@@ -130,30 +131,55 @@ def candidates(
     Raises:
         NopeError: The logits are not numbers.
     """
-    size = logits.numel()
-    count = 1 if temperature == 0.0 else min(top_k or size, size)
-    kept, tokens = torch.topk(logits.float(), count, sorted=True)
-    if not math.isfinite(kept[0]):
+    logits, size = logits.float(), logits.numel()
+    best = float(logits.max())
+    if not math.isfinite(best):
         raise NopeError(
-            f"the model's largest logit is {float(kept[0])}",
+            f"the model's largest logit is {best}",
             hint="its weights hold numbers that are not finite: export or download it again",
         )
-    if count == 1:
-        return tokens, torch.ones_like(kept)
-    scaled = (kept - kept[0]) / temperature
+    if temperature == 0.0 or top_k == 1:
+        return logits.argmax(keepdim=True), logits.new_ones(1)
+    if 0 < top_k < size:
+        kept, tokens = torch.topk(logits, top_k)
+        scaled = (kept - best) / temperature
+        total = scaled.logsumexp(dim=-1)
+    else:
+        scaled = (logits - best) / temperature
+        total = scaled.logsumexp(dim=-1)
+        tokens = (scaled >= least_score(float(total), size, top_p, min_p)).nonzero()[:, 0]
+        scaled, order = scaled[tokens].sort(descending=True)
+        tokens = tokens[order]
     if top_p < 1.0:
-        inside = torch.softmax(scaled, dim=-1).cumsum(dim=-1) <= top_p
-        inside[0] = True
-        scaled, tokens = scaled[inside], tokens[inside]
+        inside = (scaled - total).exp().cumsum(dim=-1) <= top_p
+        count = max(int(inside.sum()), 1)
+        scaled, tokens = scaled[:count], tokens[:count]
     if min_p > 0.0:
-        likely = scaled >= math.log(min_p)
-        scaled, tokens = scaled[likely], tokens[likely]
+        count = int((scaled >= math.log(min_p)).sum())
+        scaled, tokens = scaled[:count], tokens[:count]
     return tokens, torch.softmax(scaled, dim=-1)
+
+
+def least_score(total: float, size: int, top_p: float, min_p: float) -> float:
+    """A score below which no token is kept, so that only those above it need to be sorted.
+
+    All tokens that are less likely than (1 - p) / 2V are less than half of 1 - p together, and so
+    beyond the first ones that sum to p.
+
+    Args:
+        total: The log-sum-exp of all scores, of which the best is 0.
+        size: V.
+        top_p, min_p: As those of `candidates`.
+    """
+    by_sum = total + math.log((1.0 - top_p) / (2 * size)) if top_p < 1.0 else -math.inf
+    by_share = math.log(min_p) if min_p > 0.0 else -math.inf
+    return max(by_sum, by_share)
 
 
 def draw(
     tokens: Tensor, probabilities: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Draw one candidate; returns a token [] and the probability [] it was drawn with."""
-    choice = torch.multinomial(probabilities, 1, generator=generator).squeeze(0)
+    weights = probabilities.to(generator.device) if generator else probabilities
+    choice = int(torch.multinomial(weights, 1, generator=generator))
     return tokens[choice], probabilities[choice]

@@ -28,6 +28,9 @@ P = TypeVar("P", int, Tensor)
 BLOCK = 512
 """Entries that are allocated first; then as many again whenever they are full."""
 
+PIECE = 64
+"""Entries of which whole multiples are allocated, so that many parts of a GPU can share a row."""
+
 
 class Reader(Protocol):
     """A faster way than the network's own modules to read few tokens into a cache."""
@@ -55,7 +58,7 @@ class KVCache:
             a seeded stream does not change its arithmetic on the way.
 
     Attributes:
-        memory: Keys and values [L, 2, B, G, N, D]; N grows up to the capacity.
+        memory: Keys and values [L, 2, B, G, N, D]; N grows with what is read, in whole pieces.
         tokens: What each row has read, those that were overwritten included.
     """
 
@@ -77,7 +80,7 @@ class KVCache:
         self.growth = growth
         self.reader = reader
         shape = (config.num_decoder_layers, 2, batch_size, config.num_kv_heads)
-        size = min(capacity, BLOCK)
+        size = in_pieces(min(capacity, BLOCK))
         self.memory = torch.zeros(*shape, size, config.head_dimensions, dtype=dtype, device=device)
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
 
@@ -109,7 +112,7 @@ class KVCache:
         """Allocate for so many entries of each row, or for the capacity if that is less."""
         needed = min(num_entries, self.capacity)
         if needed > self.num_allocated:
-            size = min(max(needed, 2 * self.num_allocated), self.capacity)
+            size = in_pieces(min(max(needed, 2 * self.num_allocated), self.capacity))
             grown = self.memory.new_zeros(*self.memory.shape[:4], size, self.memory.size(5))
             grown[:, :, :, :, : self.num_allocated] = self.memory
             self.memory = grown
@@ -164,6 +167,11 @@ class KVCache:
         self.tokens = [self.tokens[row].copy() for row in rows]
 
 
+def in_pieces(num_entries: int) -> int:
+    """So many entries, or a few more that make whole pieces."""
+    return -(-num_entries // PIECE) * PIECE
+
+
 def window(cache: KVCache, new: Tensor) -> Tensor:
     """What new tokens at positions [T] beyond the capacity see of the entries that are there
     and of each other, [T, N + T].
@@ -198,6 +206,7 @@ class Reading:
         self.seen = slice(None) if is_all else self.rows
         self.mask: Tensor | None = None
         self.start, self.num_visible = lengths[0], min(max(lengths) + num_new, cache.capacity)
+        self.num_there = min(lengths[0], cache.capacity)
         self.factors: Tensor | None = None
         if cache.growth:
             places = [range(length + 1, length + num_new + 1) for length in lengths]
@@ -235,8 +244,7 @@ class Reading:
             k, v = (x[self.seen, :, : self.num_visible] for x in (keys, values))
             return self.attend_masked(q, k, v)
         if self.goes_round:
-            there = slice(min(self.start, keys.size(2)))
-            old = (x[self.rows, :, there] for x in (keys, values))
+            old = (x[self.rows, :, : self.num_there] for x in (keys, values))
             seen = [torch.cat(pair, dim=2) for pair in zip(old, (k, v), strict=True)]
             out = self.attend_masked(q, *seen)
             keys[self.rows, :, self.slots] = k

@@ -4,7 +4,7 @@ A token keeps a GPU busy for a millisecond, and Python for several, with some hu
 start. A CUDA graph starts them all. Its kernels find their tensors where they were when they were
 recorded, so all that changes from token to token lies in one.
 
-Shapes: B rows, H query heads, G key/value heads, R = H/G, N entries that are allocated,
+Shapes: B rows, H query heads, G key/value heads, S pieces of P entries that are allocated,
 D head dimensions, V vocabulary.
 """
 
@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nope_gpt.errors import NopeError, first_line
-from nope_gpt.network.attention import kernels_without_plans
-from nope_gpt.network.caching import KVCache
+from nope_gpt.network.attention import kernels_without_plans, mask_of_pieces, shared_attention
+from nope_gpt.network.caching import PIECE, KVCache
 
 WARM_UPS = 2
 """Before recording: the first time, libraries take memory, which a recording must not."""
@@ -45,7 +44,7 @@ class Step:
         device = cache.memory.device
         self.changing = torch.zeros(3, cache.num_rows, dtype=torch.long, device=device)
         self.rows = torch.arange(cache.num_rows, device=device)
-        self.places = torch.arange(cache.num_allocated, device=device)
+        self.places = torch.arange(cache.num_allocated, device=device).view(-1, PIECE)
 
     def prepare(self, cache: KVCache, tokens: Tensor) -> None:
         """Be for the next tokens [B, 1]."""
@@ -58,8 +57,8 @@ class Step:
     def run(self) -> Tensor:
         """Read them; returns the logits after each [B, V]."""
         tokens, _, visible = self.changing
-        unseen = self.places >= visible[:, None]
-        mask = torch.zeros_like(unseen, dtype=self.memory.dtype).masked_fill_(unseen, -torch.inf)
+        unseen = self.places >= visible[:, None, None]
+        mask = mask_of_pieces(unseen, self.memory.size(3), self.memory.dtype)
         factors = self.growth.factors(visible) if self.growth else None
         hidden = self.model.token_embeddings(tokens[:, None])
         for index, layer in enumerate(self.model.decoder.layers):
@@ -70,17 +69,14 @@ class Step:
         self, layer: int, mask: Tensor, factors: Tensor | None, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         """Store keys and values [B, G, 1, D], and attend with queries [B, H, 1, D] to all that the
-        mask [B, N] leaves; returns the heads' outputs side by side [B, 1, H * D].
+        mask [B, G * S, 1, P] leaves; returns the heads' outputs side by side [B, 1, H * D].
         """
         if factors is not None:
             q = q * factors[:, None, None, None].type_as(q)
         keys, values = self.memory[layer]
         slots = self.changing[1]
         keys[self.rows, :, slots], values[self.rows, :, slots] = k[:, :, 0], v[:, :, 0]
-        # Kernels that take a mask know no groups: a group's heads are so many queries of one.
-        grouped = q.reshape(len(q), keys.size(1), -1, q.size(3))  # [B, G, R, D]
-        out = F.scaled_dot_product_attention(grouped, keys, values, mask[:, None, None])
-        return out.reshape(len(q), 1, -1)
+        return shared_attention(q, keys, values, mask)
 
 
 class ReplayingReader:

@@ -6,8 +6,9 @@ In formulas, d is the embedding dimensions and kv the key (or value) dimensions.
 from __future__ import annotations
 
 import math
+from collections import Counter
 
-from nope_gpt.config import CONTROL_TOKENS, Workload
+from nope_gpt.config import CONTROL_TOKENS, MATRICES_TOGETHER, Workload
 from nope_gpt.sizing.arithmetic import count_parameters
 
 FLOAT32 = 4
@@ -92,7 +93,8 @@ class Holdings:
     def adapters(self) -> list[tuple[int, int]]:
         """The sides of the matrices of all adapters."""
         rank, layers = self.work.rank, self.work.num_decoder_layers
-        return [(side, rank) for pair in self.matrices() for side in pair] * layers
+        pairs = [((rank, inner), (outer, rank)) for inner, outer in self.matrices()]
+        return [sides for pair in pairs for sides in pair] * layers
 
     def trained(self) -> tuple[list[tuple[int, int]], int]:
         """The sides of the matrices that are trained, those of the blocks first, and how many other
@@ -138,14 +140,21 @@ class Holdings:
     def update(self) -> int:
         """AdamW is fused. The others write a matrix's update several times before applying it."""
         matrices, others = self.trained()
-        largest = max(a * b for a, b in matrices)
         if self.work.optimizer == "adamw":
             return 0
         if self.work.optimizer == "adafactor":
+            largest = max(map(math.prod, matrices))
             return 3 * FLOAT32 * max(others if self.trains_embedding else 0, largest)
-        return (FLOAT32 + 3 * self.width) * largest + 2 * self.width * self.smallest_side() ** 2
+        most = MATRICES_TOGETHER.get(self.work.device, 1)
+        return max(
+            self.orthogonalized(shape, min(count, most))
+            for shape, count in Counter(matrices).items()
+        )
 
-    def smallest_side(self) -> int:
-        """Of the largest matrix that is trained."""
-        matrices, _ = self.trained()
-        return min(max(matrices, key=math.prod))
+    def orthogonalized(self, shape: tuple[int, int], count: int) -> int:
+        """Where so many matrices are moved at a time by Muon: what they are to be moved by, the
+        last of it in float32 too, or two of them and two of products with themselves.
+        """
+        size, product = math.prod(shape), min(shape) ** 2
+        last = 0 if self.width == FLOAT32 else FLOAT32 * size
+        return max(self.width * count * size + last, 2 * self.width * count * (size + product))

@@ -1,7 +1,7 @@
 """What is alive at the moments of a training step that can be the fullest.
 
 A step goes through a few of them; each is a sum. They are those of this project's own step: chunked
-loss, norms in float32, one tensor at a time in the optimizer. `nope size --verify` counts the same
+loss, norms in float32, few tensors at a time in the optimizer. `nope size --verify` counts the same
 on the real code.
 
 In formulas, P is the parameters, V the vocabulary, L the layers, d the embedding dimensions, kv

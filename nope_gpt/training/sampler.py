@@ -80,7 +80,7 @@ class Sampler:
         plain call alone.
         """
         device = next(network.parameters()).device
-        generator = torch.Generator(device).manual_seed(seed_of(self.seed, step))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, step))
         draws = [Draws(self.sampling, generator) for _ in self.prompts]
         added: list[list[int]] = [[] for _ in self.prompts]
         open_rows = list(range(len(self.prompts)))
