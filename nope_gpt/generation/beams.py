@@ -99,7 +99,7 @@ def beam_search(
     """
     kept = within_context(checked(prompt, model.vocabulary_size), sampling, model.first_token)
     cache = cache_for(model, len(kept), sampling, num_beams)
-    logits = model.predict(torch.tensor([kept], device=model.device), cache, [0])
+    logits = model.predict(torch.tensor([kept]), cache, [0])
     live: list[Beam] = [([], 0.0)]
     finished: list[Hypothesis] = []
 
@@ -119,7 +119,7 @@ def beam_search(
             break
         rows = list(range(len(live)))
         cache.select([*parents, *[0] * (num_beams - len(live))])
-        newest = torch.tensor([tokens[-1:] for tokens, _ in live], device=model.device)
+        newest = torch.tensor([tokens[-1:] for tokens, _ in live])
         logits = model.predict(newest, cache, rows)
     unfinished = [hypothesis(*pair, is_finished=False) for pair in live]
     return sorted([*finished, *unfinished], key=lambda item: -item.score)[:num_beams]

@@ -184,7 +184,7 @@ class Lookahead:
             self.cache.truncate(0, len(self.cache.tokens[0]) - len(self.guess))
             self.logits = []
         self.guess = self.guessed(len(tokens))
-        row = torch.tensor([tokens + self.guess], device=self.model.device)
+        row = torch.tensor([tokens + self.guess])
         if not self.guess:
             return self.model.predict(row, self.cache)[0]
         logits = self.model.predict(row, self.cache, every=True)[0, len(tokens) - 1 :]

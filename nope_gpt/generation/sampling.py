@@ -21,7 +21,7 @@ class Choice(NamedTuple):
     """A token that was drawn.
 
     Attributes:
-        token: Its id [], on the CPU as all of these.
+        token: Its id [].
         probability: What it was drawn with, after all filters [].
         logits: The model's, before any [V].
     """
@@ -56,14 +56,13 @@ class Draws:
         self.recent: deque[int] = deque(maxlen=sampling.repeat_window)
 
     def next(self, logits: Tensor) -> Choice:
-        """Draw a token from the logits [V] of its place, on the CPU: a GPU needs longer for each of
-        some thirty small operations, and so a seed means the same on every device.
+        """Draw a token from the logits [V] of its place.
 
         Raises:
             NopeError: The logits are not numbers.
             UsageError: A token with a bias is not in the vocabulary.
         """
-        sampling, logits = self.sampling, logits.cpu()
+        sampling = self.sampling
         changed = penalize_repeats(logits, self.recent, sampling.repeat_penalty)
         tokens, probabilities = candidates(
             add_bias(changed, sampling.biases),
@@ -117,6 +116,9 @@ def candidates(
 ) -> tuple[Tensor, Tensor]:
     """The tokens that may come next and their probabilities, likeliest first.
 
+    They are looked for where the logits are, and brought to the CPU: there each of the many small
+    operations on few numbers takes less time, and a seed means the same on every device.
+
     Args:
         logits: [V].
         top_k: Keep this many, 0 for all.
@@ -126,30 +128,25 @@ def candidates(
         min_p: Keep those of at least this share of the likeliest one's probability.
 
     Returns:
-        Tokens [K] and probabilities [K], which sum to 1.
+        Tokens [K] and probabilities [K], which sum to 1, on the CPU.
 
     Raises:
         NopeError: The logits are not numbers.
     """
     logits, size = logits.float(), logits.numel()
-    best = float(logits.max())
-    if not math.isfinite(best):
-        raise NopeError(
-            f"the model's largest logit is {best}",
-            hint="its weights hold numbers that are not finite: export or download it again",
-        )
-    if temperature == 0.0 or top_k == 1:
-        return logits.argmax(keepdim=True), logits.new_ones(1)
-    if 0 < top_k < size:
-        kept, tokens = torch.topk(logits, top_k)
-        scaled = (kept - best) / temperature
-        total = scaled.logsumexp(dim=-1)
+    count = 1 if temperature == 0.0 else min(top_k or size, size)
+    if count < size:
+        kept, tokens = (x.cpu() for x in torch.topk(logits, count))
+        scaled = (kept - finite(kept[0])) / (temperature or 1.0)
+        total = float(scaled.logsumexp(dim=-1))
     else:
-        scaled = (logits - best) / temperature
-        total = scaled.logsumexp(dim=-1)
-        tokens = (scaled >= least_score(float(total), size, top_p, min_p)).nonzero()[:, 0]
+        scaled = (logits - finite(logits.max())) / (temperature or 1.0)
+        total = float(scaled.logsumexp(dim=-1))
+        tokens = (scaled >= least_score(total, size, top_p, min_p)).nonzero()[:, 0]
         scaled, order = scaled[tokens].sort(descending=True)
-        tokens = tokens[order]
+        scaled, tokens = scaled.cpu(), tokens[order].cpu()
+    if len(tokens) == 1:
+        return tokens, torch.ones(1)
     if top_p < 1.0:
         inside = (scaled - total).exp().cumsum(dim=-1) <= top_p
         count = max(int(inside.sum()), 1)
@@ -158,6 +155,20 @@ def candidates(
         count = int((scaled >= math.log(min_p)).sum())
         scaled, tokens = scaled[:count], tokens[:count]
     return tokens, torch.softmax(scaled, dim=-1)
+
+
+def finite(best: Tensor) -> float:
+    """The largest logit [].
+
+    Raises:
+        NopeError: It is no finite number.
+    """
+    if not math.isfinite(best):
+        raise NopeError(
+            f"the model's largest logit is {float(best)}",
+            hint="its weights hold numbers that are not finite: export or download it again",
+        )
+    return float(best)
 
 
 def least_score(total: float, size: int, top_p: float, min_p: float) -> float:

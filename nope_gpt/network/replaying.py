@@ -51,8 +51,7 @@ class Step:
         lengths = [len(read) for read in cache.tokens]
         slots = [cache.slot(length) for length in lengths]
         visible = [min(length + 1, cache.capacity) for length in lengths]
-        self.changing[0].copy_(tokens[:, 0])
-        self.changing[1:].copy_(torch.tensor([slots, visible]))
+        self.changing.copy_(torch.tensor([tokens[:, 0].tolist(), slots, visible]))
 
     def run(self) -> Tensor:
         """Read them; returns the logits after each [B, V]."""
