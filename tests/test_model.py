@@ -158,6 +158,21 @@ def test_rows_are_read_in_any_order_and_in_part() -> None:
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
+def test_rows_that_were_selected_go_on_each_for_itself() -> None:
+    model = small_model()
+    cache = model.new_cache(16, 3)
+    for row, length in enumerate((3, 7, 5)):
+        model.predict(torch.arange(length)[None], cache, [row])
+    cache.select([1, 1, 0])
+    begun = [torch.arange(length) for length in (7, 7, 3)]
+    for newest in (torch.tensor([[11], [12], [13]]), torch.tensor([[21], [22], [23]])):
+        begun = [torch.cat(pair) for pair in zip(begun, newest, strict=True)]
+        logits = model.predict(newest, cache)
+        expected = torch.stack([model(tokens[None])[0, -1].detach() for tokens in begun])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert cache.tokens == [tokens.tolist() for tokens in begun]
+
+
 def test_several_tokens_of_rows_of_unequal_length_are_read_as_each_row_alone_reads_them() -> None:
     model = small_model()
     prompts = [torch.arange(length)[None] for length in (3, 7)]

@@ -255,6 +255,15 @@ def test_optimizer_state_is_what_the_optimizers_keep(optimizer, method):
     assert training_memory(work).optimizer == kept_bytes
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["pretrain", "full", "lora"])
+def test_weights_are_what_the_parameters_are_kept_in(precision, method):
+    work = SMALL.changed(precision=precision, method=method)
+    network = learner_of(work, CPU).network
+    held = [*network.parameters(), *network.buffers()]
+    assert training_memory(work).weights == sum(tensor.nbytes for tensor in held)
+
+
 @pytest.mark.parametrize(("layers", "together"), [(20, 8), (3, 3)])
 def test_on_a_gpu_muon_moves_eight_matrices_of_a_shape_at_a_time(layers, together):
     work = SizeConfig(precision="bfloat16", device="cuda", num_decoder_layers=layers)
