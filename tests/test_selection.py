@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nope_gpt.data import units
 from nope_gpt.data.deduplication import BYTES_PER_DOCUMENT, repeated
+from nope_gpt.data.digests import Digest
 from nope_gpt.data.reading import PLAIN_TEXT, Selection, Span
 from nope_gpt.data.report import statistics
 from nope_gpt.data.sources import File, Share
@@ -46,7 +47,8 @@ def test_what_is_no_share_is_refused_with_an_example(text: str) -> None:
 
 
 def file(number: int) -> File:
-    return File(str(number), 1, f"sha256:{hashlib.sha256(str(number).encode()).hexdigest()}")
+    digest = hashlib.sha256(str(number).encode()).hexdigest()
+    return File(str(number), 1, Digest.of("sha256", digest))
 
 
 def span(first: int, count: int) -> Span:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from nope_gpt.data.digests import Digest
 from nope_gpt.data.documents import MESSAGES, PAIRS, Schema
 from nope_gpt.data.downloads import Remote
 from nope_gpt.data.reading import SUFFIXES
@@ -269,8 +270,9 @@ def files_of(repo_id: str, revision: str, subset: Subset, split: str) -> list[Re
             )
             for entry in entries:
                 if isinstance(entry, RepoFile) and matches(entry.path, pattern):
-                    digest = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}"
-                    if not re.fullmatch(r"(sha256:[0-9a-f]{64}|git:[0-9a-f]{40})", digest):
+                    stated = ("sha256", entry.lfs.sha256) if entry.lfs else ("git", entry.blob_id)
+                    digest = Digest.of(*stated)
+                    if not digest.is_one:
                         raise NetworkError("the Hub lists a file without a hash", where=repo_id)
                     found[entry.path] = Remote(repo_id, revision, entry.path, entry.size, digest)
     readable = [path for path in sorted(found) if path.lower().endswith(SUFFIXES)]

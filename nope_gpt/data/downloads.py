@@ -7,8 +7,6 @@ its name only when its bytes have the hash that the Hub lists.
 from __future__ import annotations
 
 import email.utils
-import hashlib
-import os
 import random
 import threading
 import time
@@ -21,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from nope_gpt.data.digests import Digest
 from nope_gpt.errors import NetworkError
 from nope_gpt.files.writing import sync, writing
 from nope_gpt.hub.remote import contacting
@@ -53,14 +52,14 @@ class Remote:
         revision: A commit, so that the content cannot change.
         path: Within the repository.
         size: In bytes.
-        digest: `sha256:HEX`, or `git:HEX`, the id of a blob, for a file outside of LFS.
+        digest: Of its bytes.
     """
 
     repo_id: str
     revision: str
     path: str
     size: int
-    digest: str
+    digest: Digest
 
 
 class Broken(Exception):
@@ -88,7 +87,7 @@ class Downloads:
 
     def path_of(self, remote: Remote) -> Path:
         """Where a file lies once it is here: a name of its content, not of its address."""
-        return self.directory / f"{remote.digest.partition(':')[2][:16]}{Path(remote.path).suffix}"
+        return self.directory / f"{remote.digest.short}{Path(remote.path).suffix}"
 
     def missing(self, remote: Remote) -> int:
         """Bytes of a file that are not here."""
@@ -132,7 +131,7 @@ class Downloads:
         """The same, when nobody else fetches the same bytes."""
         part = path.with_name(f"{path.name}.part")
         if path.is_file():
-            if digest_of(path, remote.digest) == remote.digest:
+            if remote.digest.is_of(path):
                 self.tell(remote.size, "")
                 return path
             path.unlink()
@@ -144,7 +143,7 @@ class Downloads:
             before = size_of(part)
             try:
                 self.continue_with(part, remote)
-                if digest_of(part, remote.digest) == remote.digest:
+                if remote.digest.is_of(part):
                     break
                 damaged += 1
                 self.discard(part)
@@ -245,18 +244,6 @@ class Downloads:
 def size_of(path: Path) -> int:
     """The size of a file, 0 if there is none."""
     return path.stat().st_size if path.is_file() else 0
-
-
-def digest_of(path: Path, like: str) -> str:
-    """The hash of a file, of the kind of another."""
-    kind = like.partition(":")[0]
-    with path.open("rb") as file:
-        if kind == "sha256":
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-        digest = hashlib.sha1(f"blob {os.fstat(file.fileno()).st_size}\0".encode())  # noqa: S324
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return f"git:{digest.hexdigest()}"
 
 
 def retry_after(value: str | None) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt.data import catalog, python_docs
+from nope_gpt.data.digests import Digest
 from nope_gpt.data.documents import MESSAGES, Schema
 from nope_gpt.data.downloads import Remote
 from nope_gpt.data.reading import (
@@ -20,7 +21,6 @@ from nope_gpt.data.reading import (
     is_readable,
     reading,
     schema_in,
-    sha256_of,
 )
 from nope_gpt.data.sources import STANDARD_INPUT, File, Share, Source, stamp_of
 from nope_gpt.errors import MissingError, NopeError, UsageError
@@ -155,7 +155,7 @@ def hub_source(
     earlier = [entry for entry in request.known if origin.items() <= entry.items()]
     if earlier:
         remotes = [
-            Remote(item.repo_id, revision, file["path"], file["size"], digest_in(file))
+            Remote(item.repo_id, revision, file["path"], file["size"], Digest.in_record(file))
             for file in earlier[0]["files"]
         ]
     else:
@@ -164,11 +164,6 @@ def hub_source(
         File(each.path, each.size, each.digest, subset.schema, remote=each) for each in remotes
     )
     return Source(subset.source or subset.name, files, share, origin)
-
-
-def digest_in(record: dict[str, Any]) -> str:
-    """The hash in a file's record."""
-    return f"sha256:{record['sha256']}" if "sha256" in record else f"git:{record['git']}"
 
 
 def standard_input(spool: Path) -> Source:
@@ -286,7 +281,8 @@ def local_file(path: Path, name: str, schema: Schema) -> File:
         ) from None
     with reading(path):
         stamp = stamp_of(path)
-    return File(name, stamp[0], f"sha256:{sha256_of(path)}", schema, path=path, stamp=stamp)
+        digest = Digest.of_file(path)
+    return File(name, stamp[0], digest, schema, path=path, stamp=stamp)
 
 
 def without_repeated_files(sources: list[Source], note: Callable[[str], None]) -> list[Source]:

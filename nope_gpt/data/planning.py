@@ -146,7 +146,7 @@ def part_of(config: PrepareConfig) -> tuple[Part, str]:
 
 def recipe_of(sources: list[Source], config: PrepareConfig) -> Json:
     """Everything that the bytes of a data set follow from."""
-    is_trained = config.token_encoding.startswith("bpe:")
+    is_trained = tokenization.size_to_train(config.token_encoding) is not None
     tokenizer = None if is_trained else tokenization.resolve(config.token_encoding, ())
     return {
         "settings": {
@@ -206,7 +206,7 @@ def bytes_per_token(config: PrepareConfig) -> float:
     """Bytes of text in a token, about, before any is encoded."""
     if config.token_encoding == "bytes":
         return 1.0
-    return 3.0 if config.token_encoding.startswith("bpe:") else 4.0
+    return 4.0 if tokenization.size_to_train(config.token_encoding) is None else 3.0
 
 
 def text_in(group: Group) -> float:
@@ -251,8 +251,9 @@ def bytes_in(group: Group, config: PrepareConfig) -> float:
 
 def vocabulary_size(config: PrepareConfig) -> int:
     """How many tokens there are, with those of the chat template, before one is trained."""
-    if config.token_encoding.startswith("bpe:"):
-        return int(config.token_encoding.removeprefix("bpe:"))
+    size = tokenization.size_to_train(config.token_encoding)
+    if size is not None:
+        return size
     return ChatTokenizer(tokenization.resolve(config.token_encoding, ()).encoding).vocabulary_size
 
 
@@ -277,7 +278,8 @@ def refuse_small_disks(needed: Estimate, root: Path, downloads: Path) -> None:
 def encoding_speed(config: PrepareConfig) -> float:
     """Bytes of text that one core encodes in a second, tried on a module of Python's."""
     sample = Path(ast.__file__).read_text(encoding="utf-8")
-    spec = "bpe:300" if config.token_encoding.startswith("bpe:") else config.token_encoding
+    is_trained = tokenization.size_to_train(config.token_encoding) is not None
+    spec = "bpe:300" if is_trained else config.token_encoding
     tokenizer: BaseTokenizer = tokenization.resolve(spec, [sample])
     tokenizer.encode(sample)
     started = time.perf_counter()

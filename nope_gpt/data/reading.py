@@ -8,7 +8,6 @@ the cuts are follows from the file alone, so any number of processes reads the s
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -102,12 +101,6 @@ def reading(path: Path) -> Iterator[None]:
 def is_readable(path: Path) -> bool:
     """Whether the end of a file's name is one that we can read."""
     return path.suffix.lower() in SUFFIXES
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with reading(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def schema_in(path: Path, text_column: str, where: str | None = None) -> Schema:

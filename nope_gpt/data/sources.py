@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nope_gpt.data.digests import Digest
 from nope_gpt.data.documents import Schema
 from nope_gpt.data.downloads import Remote
 from nope_gpt.data.reading import Selection, reading
@@ -26,7 +27,7 @@ class File:
     Attributes:
         name: Its path within the source.
         size: In bytes.
-        digest: `sha256:HEX` or `git:HEX`.
+        digest: Of its bytes.
         path: Where it is on this machine.
         remote: Where it is on the Hub.
         schema: What its rows are, or None if it must be looked at.
@@ -35,7 +36,7 @@ class File:
 
     name: str
     size: int
-    digest: str
+    digest: Digest
     schema: Schema | None = None
     path: Path | None = None
     remote: Remote | None = None
@@ -51,8 +52,7 @@ class File:
     @property
     def record(self) -> dict[str, Any]:
         """What a manifest keeps of it."""
-        kind, _, value = self.digest.partition(":")
-        return {"path": self.name, "size": self.size, kind: value}
+        return {"path": self.name, "size": self.size, **self.digest.record}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Share:
         """
         wanted = self.wanted(total)
         chosen = ((before + count) * wanted // total - before * wanted // total) if total else 0
-        return Selection(count, chosen, int(file.digest.partition(":")[2][:8], 16))
+        return Selection(count, chosen, int(file.digest.value[:8], 16))
 
 
 def named_share(word: str) -> tuple[str, str]:

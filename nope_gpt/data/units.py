@@ -128,12 +128,12 @@ def units_of(source: str, cut: list[tuple[File, list[Span]]]) -> list[Unit]:
 
 def digest_of(source: str, cut: list[tuple[File, list[Span]]]) -> str:
     """What names the units of some files: the hash of one, or of all of theirs and the choice."""
-    lines = [file.digest for file, _ in cut]
+    lines: list[str] = [file.digest for file, _ in cut]
     chosen = [repr(spans[0].selection) for _, spans in cut if spans and spans[0].selection]
     if chosen:
         lines += [source, *chosen]
-    elif len(lines) == 1:
-        return lines[0].partition(":")[2][:16]
+    elif len(cut) == 1:
+        return cut[0][0].digest.short
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

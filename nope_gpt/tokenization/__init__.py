@@ -7,6 +7,7 @@ from nope_gpt.tokenization.tokenizers import (
     StreamDecoder,
     name_of,
     resolve,
+    size_to_train,
     tokenizer_of,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "StreamDecoder",
     "name_of",
     "resolve",
+    "size_to_train",
     "tokenizer_of",
 ]

@@ -339,9 +339,9 @@ def resolve(spec: str, texts: Iterable[str]) -> BaseTokenizer:
     Raises:
         UsageError: It asks for nothing that exists.
     """
-    kind, _, size = spec.partition(":")
-    if kind == "bpe" and size.isdecimal():
-        return BaseTokenizer.train(texts, int(size))
+    size = size_to_train(spec)
+    if size is not None:
+        return BaseTokenizer.train(texts, size)
     if spec == "bytes":
         return BaseTokenizer.of_bytes()
     path = Path(spec).expanduser()
@@ -351,10 +351,16 @@ def resolve(spec: str, texts: Iterable[str]) -> BaseTokenizer:
     return BaseTokenizer.from_tiktoken(spec)
 
 
+def size_to_train(spec: str) -> int | None:
+    """Tokens of the tokenizer that `bpe:SIZE` asks to train on the corpus; None for another."""
+    kind, _, size = spec.partition(":")
+    return int(size) if kind == "bpe" and size.isdecimal() else None
+
+
 def name_of(spec: str) -> str:
     """What the tokenizer that `--token-encoding` asks for is called, before it is trained."""
-    kind, _, size = spec.partition(":")
-    if kind == "bpe" and size.isdecimal():
-        return encodings.bpe_name(int(size))
+    size = size_to_train(spec)
+    if size is not None:
+        return encodings.bpe_name(size)
     is_known = spec in tiktoken.list_encoding_names() and not Path(spec).is_dir()
     return spec if is_known else resolve(spec, ()).name
