@@ -35,6 +35,7 @@ COMMANDS = {
     "learn-classics": "learn.py time {classics} --workers 2 --set tokens_per_sample=128",
     "reach": "reach.py {classics} --steps 1000",
     "ablation": "learn.py ablation {classics} --steps 300 --seeds 3 --workers 2",
+    "variations": "learn.py variations {classics} --steps 300 --workers 2",
 }
 """By name; `approximations.py` and `tool_calls.py` need models that training made."""
 

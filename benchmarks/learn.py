@@ -1,7 +1,7 @@
 """What a network without positions learns: in equal time beside others, and by recipe.
 
     python benchmarks/learn.py time TEXT [--seconds 180] [--seeds 1] [--encoding bpe:1024]
-    python benchmarks/learn.py ablation TEXT [--steps 400] [--seeds 3] [--only NAME ...]
+    python benchmarks/learn.py ablation|variations TEXT [--steps 400] [--seeds 3] [--only NAME ...]
 
 TEXT is a .txt file, of which the last tenth is held out, or a .parquet file of documents, of which
 every tenth is. What is compared is bits for each byte of the held-out text, read in windows as
@@ -16,8 +16,9 @@ nanoGPT-class network on characters with the settings that nanoGPT publishes for
 steps fit is found by a short run first, so that every schedule ends when the time does. Last, the
 default recipe in a quarter of the time.
 
-`ablation` trains the same network for the same number of tokens with one thing changed at a time,
-once for each seed; the error is the standard error over seeds of the difference to the default.
+`ablation` trains the same network for the same number of tokens without one help at a time, once
+for each seed, and `variations` with another setting; the error is the standard error over seeds of
+the difference to the default.
 """
 
 from __future__ import annotations
@@ -85,34 +86,41 @@ TIME: dict[str, dict[str, Any]] = {
 }
 
 ABLATION: dict[str, dict[str, Any]] = {
-    "default": {},
-    "no help": PLAIN,
+    "**the default**": {},
+    "no help: `--initialization scaled --length-growth 0 --recall 0 --no-anchor`": PLAIN,
     "without recall": {"recall": 0.0},
-    "without anchor": {"anchor": False},
     "samples whole from the start": {"length_growth": 0.0},
+    "without the anchor": {"anchor": False},
     "blocks that begin scaled": {"initialization": "scaled"},
-    "rotary throughout": {"rotary": True},
-    "rotary throughout, no help": PLAIN | {"rotary": True},
-    "rotary throughout, no recall": {"rotary": True, "recall": 0.0},
-    "rotary, dropped at 0.5": {"rotary_until": 0.5},
-    "rotary, dropped at 0.875": {"rotary_until": 0.875},
-    "rotary, dropped at 0.5, no help": PLAIN | {"rotary_until": 0.5},
-    "anchor alone": PLAIN | {"anchor": True},
-    "recall alone": PLAIN | {"recall": 0.5},
-    "recall 0.25": {"recall": 0.25},
-    "recall 1": {"recall": 1.0},
-    "documents apart, so no anchor": {"document_masking": True},
-    "growing batches": {"growing": True},
-    "Muon, 1e-2": {"learning_rate": 1e-2},
-    "Muon, 4e-2": {"learning_rate": 4e-2},
-    "AdamW, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
-    "Adafactor, 1e-2": {"optimizer": "adafactor", "learning_rate": 1e-2},
-    "cosine": {"schedule": "cosine"},
-    "wsd": {"schedule": "wsd"},
-    "constant": {"schedule": "constant"},
+    "rotary throughout (no NoPE GPT)": {"rotary": True},
+    "rotary throughout, no help (no NoPE GPT)": PLAIN | {"rotary": True},
+    "rotary throughout, all help but recall (no NoPE GPT)": {"rotary": True, "recall": 0.0},
+}
+"""What each help is worth; `rotary` is of this script alone."""
+
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "the default": {},
+    "rotary, dropped in the middle (`--rotary-until 0.5`)": {"rotary_until": 0.5},
+    "rotary, dropped near the end (`--rotary-until 0.875`)": {"rotary_until": 0.875},
+    "no help, rotary dropped in the middle": PLAIN | {"rotary_until": 0.5},
+    "no help but the anchor": PLAIN | {"anchor": True},
+    "no help but recall": PLAIN | {"recall": 0.5},
+    "`--recall 0.25`": {"recall": 0.25},
+    "`--recall 1`": {"recall": 1.0},
+    "`--document-masking`, and so no anchor": {"document_masking": True},
+    "batches of 2 samples for the first quarter of them, then of 8": {"growing": True},
+    "Muon at 1e-2": {"learning_rate": 1e-2},
+    "Muon at 4e-2": {"learning_rate": 4e-2},
+    "`--optimizer adamw`, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
+    "`--optimizer adafactor`, 1e-2": {"optimizer": "adafactor", "learning_rate": 1e-2},
+    "`--schedule cosine`": {"schedule": "cosine"},
+    "`--schedule wsd`": {"schedule": "wsd"},
+    "`--schedule constant`": {"schedule": "constant"},
     "the recipe of before": OLD,
 }
-"""Each changes something; `rotary` and `growing` are of this script alone."""
+"""Each changes something; `growing` is of this script alone."""
+
+TABLES = {"time": TIME, "ablation": ABLATION, "variations": VARIATIONS}
 
 
 class Last(Listener):
@@ -278,7 +286,7 @@ def main() -> None:
         work(json.loads(sys.argv[2]))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["time", "ablation"])
+    parser.add_argument("what", choices=list(TABLES))
     parser.add_argument("text")
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--steps", type=int, default=400)
@@ -288,7 +296,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
-    cells = TIME if options.what == "time" else ABLATION
+    cells = TABLES[options.what]
     cells = {name: cell for name, cell in cells.items() if not options.only or name in options.only}
     shape = {name: json.loads(value) for name, value in (x.split("=") for x in options.set)}
     common = {"text": options.text, "encoding": options.encoding, "shape": shape}

@@ -27,7 +27,8 @@ COMMANDS = {
     "--tokenizer text.txt",
     "tune-dpo": "tune.py pairs.jsonl --objective dpo --rounds 1 --steps 1 --batch-size 2 "
     "--held-out 2 --tokenizer text.txt",
-    "ablation": "learn.py ablation text.txt --steps 2 --seeds 1 --encoding bpe:300 --only default",
+    "ablation": "learn.py ablation text.txt --steps 2 --encoding bpe:300 --only '**the default**'",
+    "variations": "learn.py variations text.txt --steps 2 --encoding bpe:300 --only 'the default'",
 }
 
 
