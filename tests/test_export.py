@@ -23,10 +23,12 @@ from torch import Tensor
 
 from nope_gpt.adaptation.reach import scale_attention
 from nope_gpt.config import ExportConfig, ModelConfig
+from nope_gpt.config.exporting import FORMATS as FORMAT_NAMES
 from nope_gpt.errors import CapacityError, NopeError, UsageError
-from nope_gpt.export import exporting, hub_files, parity, readers, transformers_files
+from nope_gpt.export import formats, hub_files, parity, readers, transformers_files
 from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.exporting import export
+from nope_gpt.export.formats import FORMATS
 from nope_gpt.export.readers import OwnReader, TransformersReader
 from nope_gpt.export.record import Report
 from nope_gpt.export.source import Source, open_source
@@ -41,6 +43,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 Nope = Callable[..., subprocess.CompletedProcess[str]]
 
 CORPUS = ["The list holds the values that it was given, and nothing else; naïve or not. 🎈"] * 40
+
+
+def test_each_format_that_can_be_asked_for_is_there() -> None:
+    assert tuple(FORMATS) == FORMAT_NAMES
 
 
 @pytest.fixture
@@ -527,14 +533,14 @@ def test_the_gate_refuses_a_wrong_export_and_nothing_is_kept(
     tokenizer = ChatTokenizer(BaseTokenizer.train(CORPUS, 300).encoding)
     sharp(tmp_path / "model", vocabulary_size=tokenizer.vocabulary_size)
     tokenizer.save(tmp_path / "model")
-    write = exporting.WRITERS[layout]
+    write = FORMATS[layout].write
 
-    def write_wrongly(directory: Path, source: Source, config: ExportConfig) -> exporting.Readers:
+    def write_wrongly(directory: Path, source: Source, config: ExportConfig) -> formats.Readers:
         readers = write(directory, source, config)
         WRONG[change](directory)
         return readers
 
-    monkeypatch.setitem(exporting.WRITERS, layout, write_wrongly)
+    monkeypatch.setitem(FORMATS, layout, FORMATS[layout]._replace(write=write_wrongly))
     with pytest.raises(NopeError, match="the export is not what its source is") as caught:
         exported(tmp_path / "model", layout, tmp_path / "out" / "x")
     about = "texts have other tokens" if "merge" in change or "template" in change else "logits"
@@ -711,7 +717,8 @@ def test_an_export_is_replaced_only_when_asked_and_never_by_half(
     with pytest.raises(UsageError, match="this already exists"):
         exported(model, "llama", place)
     before = (place / "config.json").read_bytes()
-    monkeypatch.setitem(exporting.WRITERS, "llama", partial(fail_half_way, exporting.write_hub))
+    broken = FORMATS["llama"]._replace(write=partial(fail_half_way, formats.write_hub))
+    monkeypatch.setitem(FORMATS, "llama", broken)
     with pytest.raises(RuntimeError):
         exported(model, "llama", place, overwrite=True)
     assert (place / "config.json").read_bytes() == before
@@ -773,7 +780,7 @@ def test_a_library_that_cannot_read_an_export_is_a_complaint(
     def too_old(_directory: Path) -> None:
         raise KeyError("arcee")
 
-    monkeypatch.setattr(exporting, "TransformersReader", too_old)
+    monkeypatch.setattr(formats, "TransformersReader", too_old)
     monkeypatch.setattr(too_old, "is_there", lambda: True, raising=False)
     with pytest.raises(NopeError, match=r"and was not kept: KeyError: 'arcee'\n"):
         exported(model, "transformers", tmp_path / "out")

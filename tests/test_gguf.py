@@ -20,9 +20,10 @@ from test_export import CORPUS, ENCODINGS, SPECIAL, both_tokenizers, exported, s
 
 from nope_gpt.config import ExportConfig
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.export import exporting, gguf_files, parity
+from nope_gpt.export import formats, gguf_files, parity
 from nope_gpt.export.chat_template import jinja
 from nope_gpt.export.exporting import export
+from nope_gpt.export.formats import FORMATS
 from nope_gpt.export.gguf_reader import GgufReader
 from nope_gpt.export.llama_cpp import LlamaCppReader
 from nope_gpt.export.source import Source
@@ -222,14 +223,14 @@ def test_the_gate_refuses_a_wrong_file(
     change: Callable[[Path], None],
     message: str,
 ) -> None:
-    write = exporting.WRITERS["gguf"]
+    write = FORMATS["gguf"].write
 
-    def write_wrongly(directory: Path, source: Source, config: ExportConfig) -> exporting.Readers:
+    def write_wrongly(directory: Path, source: Source, config: ExportConfig) -> formats.Readers:
         readers = write(directory, source, config)
         change(next(directory.glob("*.gguf")))
         return readers
 
-    monkeypatch.setitem(exporting.WRITERS, "gguf", write_wrongly)
+    monkeypatch.setitem(FORMATS, "gguf", FORMATS["gguf"]._replace(write=write_wrongly))
     with pytest.raises(NopeError, match=message):
         exported(model, "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()

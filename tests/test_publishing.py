@@ -16,8 +16,9 @@ from test_export import exported, sharp
 
 from nope_gpt.config import ExportConfig
 from nope_gpt.errors import NopeError, UsageError
-from nope_gpt.export import exporting
+from nope_gpt.export import exporting, formats
 from nope_gpt.export.exporting import export
+from nope_gpt.export.formats import FORMATS
 from nope_gpt.files.pictures import can_draw
 from nope_gpt.hub import history
 from nope_gpt.model import NoPEGPT
@@ -66,16 +67,16 @@ def test_nothing_goes_to_the_hub_when_the_comparison_fails(
 ) -> None:
     reached = []
     monkeypatch.setattr(exporting.remote, "upload", lambda *_, **__: reached.append(1))
-    write = exporting.WRITERS["hub"]
+    write = FORMATS["hub"].write
 
-    def write_wrongly(*given: object) -> exporting.Readers:
+    def write_wrongly(*given: object) -> formats.Readers:
         readers = write(*given)  # type: ignore[arg-type]
         directory = given[0]
         assert isinstance(directory, Path)
         NoPEGPT(261, 48, 6, 2, 3, 2).save_pretrained(directory)
         return readers
 
-    monkeypatch.setitem(exporting.WRITERS, "hub", write_wrongly)
+    monkeypatch.setitem(FORMATS, "hub", FORMATS["hub"]._replace(write=write_wrongly))
     settings = ExportConfig(model=str(model), output=str(tmp_path / "out"), push_to_hub="me/tiny")
     with pytest.raises(NopeError, match="the export is not what its source is"):
         export(settings)

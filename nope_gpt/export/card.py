@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nope_gpt.evaluation import record
+from nope_gpt.export.formats import FORMATS, Format
 from nope_gpt.export.record import Report
 from nope_gpt.export.source import Source
 from nope_gpt.files.pictures import as_png, can_draw
 from nope_gpt.hub.history import Stage
 
 PICTURE = "loss.png"
-
-LIBRARIES = {"hub": "nope-gpt", "transformers": "transformers", "llama": "transformers"}
 
 VERBS = {"pretrain": "Pretraining", "tune": "Tuning"}
 
@@ -34,33 +33,33 @@ def model_card(
     """
     kind = "chat model" if source.is_chat else "base model"
     dtype = str(source.dtype).removeprefix("torch.")
+    facts = FORMATS[format]
+    computed = f", with its weights in {dtype}, computing in float32" if facts.is_computed else ""
     parts = [
-        front_matter(format, source),
+        front_matter(facts, source),
         f"# {name}",
         f"A NoPE GPT {kind}: a decoder-only transformer without positional embeddings.",
         table(architecture(source, format)),
         "## Use it",
-        usage(name, format, source, directory),
+        *facts.use(name, source, directory),
+        f"`{name}` is this directory, or the id of the repository that holds it.",
         *training(source, has_picture=(directory / PICTURE).is_file()),
         *reach(source),
         "## Compared with its source",
         "What is in this directory was read again before it was put here, and compared with the "
-        f"model that it was written from, with its weights in {dtype}, computing in float32."
-        if format != "gguf"
-        else "What is in this directory was read again before it was put here, and compared with "
-        "the model that it was written from.",
+        f"model that it was written from{computed}.",
         *(f"- {report.line[0].upper()}{report.line[1:]}." for report in reports),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(format: str, source: Source) -> str:
+def front_matter(format: Format, source: Source) -> str:
     """What the Hub reads."""
     lines = ["pipeline_tag: text-generation", "tags:", "- nope-gpt", "- text-generation"]
-    if format in LIBRARIES:
-        lines.insert(0, f"library_name: {LIBRARIES[format]}")
-    if format == "gguf":
-        lines.append("- gguf")
+    if format.library:
+        lines.insert(0, f"library_name: {format.library}")
+    if format.tag:
+        lines.append(f"- {format.tag}")
     if source.license:
         lines.append(f"license: {source.license}")
     repositories = {str(entry.get("repo", "")) for entry in sources_of(source.history)}
@@ -97,99 +96,6 @@ def table(facts: dict[str, str]) -> str:
     return "\n".join(
         ["| | |", "|---|---|", *(f"| {name} | {cell(fact)} |" for name, fact in facts.items())]
     )
-
-
-def code(language: str, *lines: str) -> str:
-    """A block of code."""
-    return "\n".join([f"```{language}", *lines, "```"])
-
-
-def usage(name: str, format: str, source: Source, directory: Path) -> str:
-    """How to run it in the tools that it is for."""
-    makers = {
-        "hub": use_hub,
-        "transformers": use_transformers,
-        "llama": use_llama,
-        "gguf": use_gguf,
-    }
-    note = f"`{name}` is this directory, or the id of the repository that holds it."
-    return "\n\n".join([*makers[format](name, source, directory), note])
-
-
-def own_use(name: str, source: Source) -> str:
-    """The line of this program's."""
-    verb = "chat" if source.is_chat else 'generate "Once upon a time"'
-    return code("sh", "pip install 'nope-gpt>=0.2'", f"nope {verb} --model {name}")
-
-
-def use_hub(name: str, source: Source, _: Path) -> list[str]:
-    """In this package, old and new."""
-    tokenizer = type(source.tokenizer).__name__
-    return [
-        own_use(name, source),
-        code(
-            "python",
-            "from nope_gpt.model import NoPEGPT",
-            f"from nope_gpt.tokenization import {tokenizer}",
-            "",
-            f'model = NoPEGPT.from_pretrained("{name}")',
-            f'tokenizer = {tokenizer}.from_pretrained("{name}")',
-        ),
-    ]
-
-
-def use_transformers(name: str, source: Source, _: Path) -> list[str]:
-    """In transformers, and in vLLM and SGLang through it."""
-    prompt = '[{"role": "user", "content": "Hello!"}]' if source.is_chat else '"Once upon a time"'
-    return [
-        "No code of ours is needed: to transformers the network is an Arcee that does not turn "
-        "its queries and keys.",
-        code(
-            "python",
-            "from transformers import pipeline",
-            "",
-            f'answer = pipeline("text-generation", model="{name}")',
-            f"print(answer({prompt}, max_new_tokens=100))",
-        ),
-        "vLLM and SGLang run it through transformers; for vLLM the llama format is faster:",
-        code(
-            "sh",
-            f"vllm serve {name}",
-            f"python -m sglang.launch_server --model-path {name} --model-impl transformers",
-        ),
-        "It is also a model of this package's:",
-        own_use(name, source),
-    ]
-
-
-def use_llama(name: str, source: Source, _: Path) -> list[str]:
-    """In vLLM and MLX-LM."""
-    return [
-        "For vLLM and MLX-LM, to whom the network is a Llama that does not turn its queries and "
-        "keys, with one more matrix of zeros in each MLP. **Not for SGLang**, which leaves the "
-        "MLP's biases out without a word: give it the transformers format.",
-        code("sh", f"vllm serve {name}", f"mlx_lm.generate --model {name} --prompt 'Hello!'"),
-        "It is also a model of transformers' and of this package's:",
-        own_use(name, source),
-    ]
-
-
-def use_gguf(name: str, source: Source, directory: Path) -> list[str]:
-    """In llama.cpp, Ollama and LM Studio."""
-    files = [path.name for path in sorted(directory.glob("*.gguf"))]
-    title = name.lower().replace("/", "-")
-    mode = "" if source.is_chat else " -no-cnv"
-    return [
-        code(
-            "sh",
-            f"llama-cli -m {name}/{files[0]}{mode} -p 'Hello!'",
-            f"llama-server -m {name}/{files[0]} --jinja",
-            f"cd {name} && ollama create {title} -f Modelfile && ollama run {title}",
-        ),
-        "LM Studio finds it in its models' directory. Files: "
-        + ", ".join(f"`{file}`" for file in files)
-        + ".",
-    ]
 
 
 def training(source: Source, *, has_picture: bool) -> list[str]:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nope_gpt import __version__
 from nope_gpt.config import ExportConfig
-from nope_gpt.errors import NetworkError, NopeError, UsageError, first_line
+from nope_gpt.errors import NetworkError, NopeError, first_line
 from nope_gpt.evaluation.record import PICTURE
-from nope_gpt.export import card, gguf_files, hub_files, parity, transformers_files
-from nope_gpt.export.gguf_reader import GgufReader
-from nope_gpt.export.llama_cpp import LlamaCppReader
-from nope_gpt.export.readers import OwnReader, Reader, TransformersReader
+from nope_gpt.export import card, parity
+from nope_gpt.export.formats import FORMATS
+from nope_gpt.export.readers import Reader
 from nope_gpt.export.record import Record, Report
 from nope_gpt.export.source import Source, open_source
 from nope_gpt.files.artefacts import PARITY, describe, publish, refuse_existing
@@ -25,7 +21,6 @@ from nope_gpt.files.json_files import DAMAGE
 from nope_gpt.files.writing import refuse_small_disk, write_file, write_json
 from nope_gpt.hub import remote
 from nope_gpt.hub.locating import HISTORY
-from nope_gpt.hub.transformers_layout import ARCEE, LLAMA
 from nope_gpt.network.sharpening import as_setting
 
 CARD = "README.md"
@@ -100,18 +95,8 @@ def refuse_impossible(source: Source, config: ExportConfig) -> None:
     if config.push_to_hub:
         for name in config.formats:
             remote.refuse_name(repository_of(name, config))
-    shape = source.saved.config
-    if shape.head_dimensions % 2 and config.formats != ["hub"]:
-        raise UsageError(
-            f"heads of {shape.head_dimensions} dimensions are an odd number, and other programs "
-            f"know only even ones",
-            hint="--format hub",
-        )
-    if source.dtype == torch.float64 and config.formats != ["hub"]:
-        raise UsageError(
-            "the weights are float64, which other programs do not read", hint="--dtype float32"
-        )
-    gguf_files.refuse_impossible(config, source)
+    for name in config.formats:
+        FORMATS[name].refuse(source, config)
 
 
 def places_of(source: Source, config: ExportConfig) -> dict[str, Path]:
@@ -135,11 +120,12 @@ def called(path: Path, format: str, config: ExportConfig) -> str:
 
 def export_one(name: str, path: Path, source: Source, config: ExportConfig, tell: Tell) -> Export:
     """Write one format, compare it with its source, and put it in its place."""
-    refuse_small_disk(path.parent, size_of(name, source, config), "this export", "--output")
+    format = FORMATS[name]
+    refuse_small_disk(path.parent, format.num_bytes(source, config), "this export", "--output")
     with publish(path, overwrite=config.overwrite) as directory:
         tell(f"writing {path}")
         reports = []
-        for open_reader in WRITERS[name](directory, source, config):
+        for open_reader in format.write(directory, source, config):
             report = read_again(source, open_reader, name)
             tell(f"  {report.line}")
             parity.refuse_difference(report, f"--format {name}")
@@ -188,54 +174,8 @@ def read_again(source: Source, open_reader: Callable[[], Reader], name: str) -> 
         ) from error
 
 
-Readers = list[Callable[[], Reader]]
-"""What reads an artefact again."""
-
-
-def write_hub(directory: Path, source: Source, _: ExportConfig) -> Readers:
-    """The published layout."""
-    hub_files.write(directory, source)
-    return [partial(OwnReader.of, directory)]
-
-
-def write_transformers(layout: str, directory: Path, source: Source, _: ExportConfig) -> Readers:
-    """A layout of transformers."""
-    transformers_files.write(directory, source, layout)
-    is_there = TransformersReader.is_there()
-    return [partial(TransformersReader if is_there else OwnReader.of, directory)]
-
-
-def write_gguf(directory: Path, source: Source, config: ExportConfig) -> Readers:
-    """GGUF files; each is compared tensor by tensor too, as llama.cpp rounds what it computes."""
-    readers: Readers = []
-    for path, kind in gguf_files.write(directory, source, config):
-        readers.append(partial(GgufReader, path, kind))
-        if LlamaCppReader.is_there():
-            readers.append(partial(LlamaCppReader, path, kind))
-    return readers
-
-
-WRITERS: dict[str, Callable[[Path, Source, ExportConfig], Readers]] = {
-    "hub": write_hub,
-    "transformers": partial(write_transformers, ARCEE),
-    "llama": partial(write_transformers, LLAMA),
-    "gguf": write_gguf,
-}
-
-
-def size_of(name: str, source: Source, config: ExportConfig) -> int:
-    """Bytes that a format takes, nearly."""
-    size = sum(weight.nbytes for weight in source.saved.state.values())
-    if name == "gguf":
-        return gguf_files.size_of(size, source, config)
-    shape = source.saved.config
-    more = shape.num_decoder_layers * shape.embedding_dimensions * shape.hidden_dimensions
-    return size + (more * source.dtype.itemsize if name == "llama" else 0)
-
-
 def asked(name: str, source: Source, config: ExportConfig) -> dict[str, Any]:
     """What an artefact depends on."""
-    more = {"quantize": config.quantizations, "dense": config.dense} if name == "gguf" else {}
     return {
         "weights_sha256": source.fingerprint,
         "context_length": source.context_length,
@@ -243,7 +183,7 @@ def asked(name: str, source: Source, config: ExportConfig) -> dict[str, Any]:
         "attention_scales": as_setting(source.saved.sharpenings),
         "first_token": source.saved.first_token,
         "evaluation": source.evaluation and source.evaluation[0],
-        **more,
+        **FORMATS[name].depends_on(config),
     }
 
 

@@ -61,15 +61,13 @@ def names(num_layers: int, *, dense: bool) -> dict[str, str]:
     return result
 
 
-def refuse_impossible(config: ExportConfig, source: Source) -> None:
+def refuse_impossible(source: Source, config: ExportConfig) -> None:
     """Refuse what cannot be written here, before anything is.
 
     Raises:
         NopeError: A library is missing; names it.
         UsageError: There is no such quantization.
     """
-    if "gguf" not in config.formats:
-        return
     if importlib.util.find_spec("gguf") is None:
         raise NopeError("--format gguf needs the gguf library", hint=INSTALL)
     if splits_of(source.tokenizer.encoding._pat_str)[1] is None:
@@ -240,11 +238,3 @@ def modelfile(name: str, source: Source) -> str:
     else:
         lines += ['TEMPLATE "{{ .Prompt }}"']
     return "\n".join(lines) + "\n"
-
-
-def size_of(size: int, source: Source, config: ExportConfig) -> int:
-    """Bytes that the files take together at most, beside weights of `size` bytes in the dtype."""
-    shape = source.saved.config
-    zeros = shape.num_decoder_layers * shape.embedding_dimensions * shape.hidden_dimensions
-    whole = size + (zeros * source.dtype.itemsize if config.dense else 0)
-    return whole * (1 + len(config.quantizations))
