@@ -283,6 +283,13 @@ def test_integers_are_scaled_as_what_they_stand_for():
         torch.testing.assert_close(half(TEXT[None, :30]), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_scale_grows_beyond_its_length_alone():
+    factors = Growth(0.5, 8).factors(torch.tensor([1, 4, 8, 16, 32]))
+    assert factors.tolist() == pytest.approx(
+        [1, 1, 1, 1 + 0.5 * math.log(2), 1 + 0.5 * math.log(4)]
+    )
+
+
 def test_weights_and_growth_come_back_as_they_were():
     model = small_model()
     growth = Growth(0.3, 16)
