@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nope_gpt.data.batches import Batch, TextBatches
-from nope_gpt.data.chats import ChatBatches, packed
+from nope_gpt.data.chats import ChatBatches, end_to_end, packed, padded
 from nope_gpt.data.encoding import EncodedDocument, token_dtype
 from nope_gpt.data.finding import find_dataset
 from nope_gpt.data.ordering import shuffled
@@ -486,6 +486,14 @@ def test_packs_hold_every_conversation_once_and_no_more_than_they_may(
     taken = [sum(document.tokens.size - 1 for (document,) in pack) for pack in packs]
     assert all(0 < tokens <= capacity for tokens in taken)
     assert all(one + other > capacity for one, other in itertools.pairwise(taken)), "too many"
+
+
+def test_a_pack_trains_what_rows_of_their_own_train() -> None:
+    documents = [chat(USER, ANSWER, first=first) for first in (100, 200, 300)]
+    samples = [(document,) for document in documents]
+    pack, rows = end_to_end(samples), padded(samples)
+    assert pack.targets[0].tolist() == rows.targets.flatten().tolist()
+    assert 0 < pack.num_trained == rows.num_trained < pack.targets.numel()
 
 
 def test_a_limit_on_the_hold_out_counts_conversations(tmp_path: Path) -> None:
