@@ -31,7 +31,8 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "nope_gpt"
 TABLE = TESTS / "mutants.toml"
 
-FAST = "not slow and not online and not llama and not gpu"
+HERE, QUICK = "not online and not llama and not gpu", " and not slow"
+"""Which tests run: of whole files the quick ones, and each that is named alone."""
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PRELOADED = ["hypothesis", "huggingface_hub", "pyarrow", "pytest", "safetensors.torch", "tiktoken"]
@@ -118,7 +119,8 @@ def run_here(root: Path, module: str, tests: Sequence[str], output: Path) -> Non
     except BaseException:
         traceback.print_exc()
         sys.exit(CANNOT_IMPORT)
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", FAST, f"--basetemp={root / 'tests'}"]
+    which = HERE if all("::" in name for name in tests) else HERE + QUICK
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", which, f"--basetemp={root / 'tests'}"]
     sys.exit(int(pytest.main([*options, *(str(TESTS / name) for name in tests)])))
 
 
