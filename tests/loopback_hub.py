@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -20,6 +21,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from hub_faults import SOUND, Fault, Reply, Transfer, break_off
 
 Json = dict[str, Any]
+
+CLIENT = tuple(int(number) for number in version("huggingface_hub").split(".")[:2])
+"""Version of the real client."""
 
 USER = "hub-user"
 LARGEST_REGULAR_FILE = 5 * 2**20

@@ -123,9 +123,13 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def contents(root: Path) -> dict[Path, tuple[int, int] | None]:
-    """Every path below a directory, and for a file its size and when it was written."""
+    """Every path below a directory, and for a file its size and when it was written; for a lock,
+    which some versions of filelock write to whenever it is taken, as if that were never.
+    """
     return {
-        path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+        path: (path.stat().st_size, 0 if path.suffix == ".lock" else path.stat().st_mtime_ns)
+        if path.is_file()
+        else None
         for path in root.rglob("*")
     }
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from nope_gpt.data import reading
 from nope_gpt.data.documents import MESSAGES, Schema
+from nope_gpt.data.opening import local_file
 from nope_gpt.data.reading import (
     LONGEST_DOCUMENT,
     decoded,
@@ -288,7 +289,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, suffix: str) -> Non
     path = tmp_path / f"file{suffix}"
     path.symlink_to("/proc/self/mem")
     with pytest.raises(NopeError) as caught:
-        reading.sha256_of(path)
+        local_file(path, path.name, reading.PLAIN_TEXT)
     assert caught.value.where == str(path)
 
 
