@@ -1,7 +1,7 @@
 """What a network without positions learns: in equal time beside others, and by recipe.
 
     python benchmarks/learn.py time TEXT [--seconds 180] [--seeds 1] [--encoding bpe:1024]
-    python benchmarks/learn.py ablation|variations TEXT [--steps 400] [--seeds 3] [--only NAME ...]
+    python benchmarks/learn.py ablation|variations TEXT [--steps 400] [--seeds 1] [--only NAME ...]
 
 TEXT is a .txt file, of which the last tenth is held out, or a .parquet file of documents, of which
 every tenth is. What is compared is bits for each byte of the held-out text, read in windows as
@@ -16,9 +16,9 @@ nanoGPT-class network on characters with the settings that nanoGPT publishes for
 steps fit is found by a short run first, so that every schedule ends when the time does. Last, the
 default recipe in a quarter of the time.
 
-`ablation` trains the same network for the same number of tokens without one help at a time, once
-for each seed, and `variations` with another setting; the error is the standard error over seeds of
-the difference to the default.
+`ablation` trains the same network for the same number of tokens without some of its help, or with
+positions, once for each seed, and `variations` with another setting; the error is the standard
+error over seeds of the difference to the default.
 """
 
 from __future__ import annotations

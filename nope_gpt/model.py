@@ -22,7 +22,7 @@ from nope_gpt.hub.storage import Pretrained
 from nope_gpt.network import initialization
 from nope_gpt.network.attention import Documents, kernels_without_plans
 from nope_gpt.network.blocks import NORM_EPSILON, Decoder
-from nope_gpt.network.caching import KVCache, Reader, Reading
+from nope_gpt.network.caching import KVCache, Reader, Reading, in_pieces
 from nope_gpt.network.cross_entropy import (
     ToGradient,
     cross_entropies,
@@ -197,7 +197,7 @@ class NoPEGPT(Pretrained):
         weight = self.norm.weight
         if self.first_token is not None:
             pinned = min(pinned + 1, capacity - 1)
-        size = inference_memory(self.config, capacity, weight.element_size()).cache
+        size = inference_memory(self.config, in_pieces(capacity), weight.element_size()).cache
         what = f"a cache of {batch_size} x {capacity:,} tokens"
         refuse_small_memory(self.device, size * batch_size, what)
         return KVCache(
@@ -248,7 +248,7 @@ class NoPEGPT(Pretrained):
             top_p: Draw from the likeliest tokens whose probabilities sum to p.
             repeat_penalty: Share of its logit that a token loses for each recent use.
             repeat_window: Generated tokens that count as recent.
-            generator: Source of randomness; None for torch's global one.
+            generator: Source of randomness; None for torch's global one of the CPU.
             min_p: Draw from tokens of at least this share of the likeliest one's probability.
             pin_tokens: First tokens that are never forgotten, however long the text becomes.
             draft_tokens: Tokens to guess ahead, where the text repeats itself.
@@ -257,7 +257,8 @@ class NoPEGPT(Pretrained):
             cache: Of an earlier call, for what this prompt has in common with that text.
 
         Yields:
-            A token [] and the probability [] that it was drawn with, after all filters.
+            A token [] and the probability [] that it was drawn with, after all filters; both on
+            the CPU.
 
         Raises:
             UsageError: The prompt is empty or holds unknown tokens, or a number is out

@@ -32,7 +32,7 @@ PACKAGE = TESTS.parent / "nope_gpt"
 TABLE = TESTS / "mutants.toml"
 
 HERE, QUICK = "not online and not llama and not gpu", " and not slow"
-"""Which tests run: of whole files the quick ones, and each that is named alone."""
+"""Which tests run: the quick ones, and where each is named alone the others too."""
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PRELOADED = ["hypothesis", "huggingface_hub", "pyarrow", "pytest", "safetensors.torch", "tiktoken"]

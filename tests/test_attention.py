@@ -23,7 +23,9 @@ from nope_gpt.network.attention import (
     offsets_of,
     packed_attention,
     shared_attention,
+    unshared_attention,
 )
+from nope_gpt.network.caching import PIECE, in_pieces
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -65,10 +67,10 @@ def with_gradients(attend, tensors: list[Tensor], *more: object) -> list[Tensor]
 def compare_pieces(
     visible: int, dtype: torch.dtype, tolerance: float, device: torch.device | str = "cpu"
 ) -> None:
-    """A token's attention in pieces of 64 keys beside all at once in float64; of the two rows, one
-    sees a third of what the other sees.
+    """A token's attention in pieces, and by one kernel, beside that in float64; of the two rows,
+    one sees a third of what the other sees.
     """
-    size = -(-visible // 64) * 64
+    size = in_pieces(visible)
     q, k, v = (x.contiguous() for x in drawn(visible, 2, 2, 3, size, 32, dtype))
     q = 4 * q[:, :, -1:]
     seen = torch.tensor([visible, max(visible // 3, 1)])
@@ -79,10 +81,11 @@ def compare_pieces(
             for row, count in enumerate(seen.tolist())
         ]
     )
-    mask = mask_of_pieces(unseen.view(2, -1, 64), 2, dtype)
-    found = shared_attention(*(x.to(device) for x in (q, k, v, mask)))
-    for ours, theirs in zip(found.cpu(), truth, strict=True):
-        assert error(ours, theirs) < tolerance
+    mask = mask_of_pieces(unseen.view(2, -1, PIECE), 2, dtype)
+    for attend in (shared_attention, unshared_attention):
+        found = attend(*(x.to(device) for x in (q, k, v, mask)))
+        for ours, theirs in zip(found.cpu(), truth, strict=True):
+            assert error(ours, theirs) < tolerance
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])

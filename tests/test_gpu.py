@@ -76,6 +76,22 @@ def test_attention_of_which_each_part_does_a_piece_is_that_of_one(
     compare_pieces(visible, dtype, tolerance, CUDA)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_heads_and_numbers_that_no_kernel_knows_in_pieces_are_replayed_too(
+    dtype: torch.dtype,
+) -> None:
+    model = small_model(embedding_dimensions=36, num_q_heads=6, num_kv_heads=3).to(dtype)
+    tokens = torch.randint(0, 61, (1, 70), generator=torch.Generator().manual_seed(0))
+    on_cpu, there = model.new_cache(100), model.to(CUDA)
+    with torch.inference_mode():
+        truth = small_model(embedding_dimensions=36, num_q_heads=6, num_kv_heads=3).double()(tokens)
+    cache = there.new_cache(100, compile="on")
+    assert on_cpu.num_allocated == cache.num_allocated == 128
+    for place, token in enumerate(tokens[0]):
+        logits = there.predict(token[None, None], cache)
+        assert error(logits[0].cpu(), truth[0, place]) < (3e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
 def test_attention_keeps_no_scores() -> None:
     """Of 16,384 tokens they would take 2 GB in bfloat16, and 4 in float32."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -111,7 +111,7 @@ def test_matrices_that_muon_moves_together_move_as_each_alone(
             weight.grad = gradient.clone()
         Muon(weights, lr=1.0).step()
         moved.append(weights)
-    for together, alone in zip(*moved, strict=True):
+    for alone, together in zip(*moved, strict=True):
         torch.testing.assert_close(together, alone)
         assert together.abs().max() > 0.1
 

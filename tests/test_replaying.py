@@ -17,16 +17,16 @@ from nope_gpt.network.sharpening import Growth
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 99),
-    capacity=st.integers(3, 12),
+    capacity=st.sampled_from([3, 7, 12, 64, 65, 150]),
     pinned=st.integers(0, 2),
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    lengths=st.lists(st.integers(1, 20) | st.integers(60, 200), min_size=1, max_size=3),
     grows=st.booleans(),
     kind=st.sampled_from(["float32", "int8"]),
 )
 def test_a_step_reads_as_the_modules_do(
     seed: int, capacity: int, pinned: int, lengths: list[int], grows: bool, kind: str
 ) -> None:
-    """Rows of any length, some of which have gone round."""
+    """Rows of any length, some of which have gone round, in one piece or several."""
     model = small_model(seed)
     model = model.quantize() if kind == "int8" else model
     model.decoder.set_growth(Growth(0.3, 2) if grows else None)

@@ -13,6 +13,7 @@ import pytest
 
 from nope_gpt.config import PrepareConfig
 from nope_gpt.data.corpus import groups_of
+from nope_gpt.data.digests import Digest
 from nope_gpt.data.documents import MESSAGES, PAIRS, document_of
 from nope_gpt.data.opening import Request, open_sources
 from nope_gpt.data.planning import base_name, plain
@@ -55,6 +56,20 @@ def test_a_file_is_a_source_of_its_own(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"hello").hexdigest()
     assert file.record == {"path": "a.txt", "size": 5, "sha256": digest}
     assert source.record == {"name": "a", "files": [file.record]}
+
+
+def test_a_digest_is_what_the_hub_and_git_state(tmp_path: Path) -> None:
+    path = tmp_path / "hello.txt"
+    path.write_bytes(b"hello\n")
+    blob = Digest("git:ce013625030ba8dba906f756967f9e9ca394464a")  # By `git hash-object`.
+    whole = Digest.of("sha256", hashlib.sha256(b"hello\n").hexdigest())
+    assert blob.is_of(path) and whole.is_of(path) and Digest.of_file(path) == whole
+    for digest in (blob, whole):
+        assert digest.is_well_formed
+        assert not Digest(digest[:-1]).is_well_formed
+        assert Digest.in_record(digest.record | {"size": 6}) == digest
+    path.write_bytes(b"hello!")
+    assert not blob.is_of(path) and not whole.is_of(path)
 
 
 def test_sources_keep_their_order(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def files_of(repo_id: str, revision: str, subset: Subset, split: str) -> list[Re
                 if isinstance(entry, RepoFile) and matches(entry.path, pattern):
                     stated = ("sha256", entry.lfs.sha256) if entry.lfs else ("git", entry.blob_id)
                     digest = Digest.of(*stated)
-                    if not digest.is_one:
+                    if not digest.is_well_formed:
                         raise NetworkError("the Hub lists a file without a hash", where=repo_id)
                     found[entry.path] = Remote(repo_id, revision, entry.path, entry.size, digest)
     readable = [path for path in sorted(found) if path.lower().endswith(SUFFIXES)]

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 CHUNK = 1 << 20
 
@@ -39,17 +39,19 @@ class Digest(str):
         return cls.of(kind, blob.hexdigest())
 
     @classmethod
-    def in_record(cls, record: dict[str, str]) -> Self:
+    def in_record(cls, record: dict[str, Any]) -> Self:
         """That of a file's record in a manifest."""
         kind = "sha256" if "sha256" in record else "git"
         return cls.of(kind, record[kind])
 
     @property
     def kind(self) -> str:
+        """`sha256` or `git`."""
         return self.partition(":")[0]
 
     @property
     def value(self) -> str:
+        """Its hexadecimal digits."""
         return self.partition(":")[2]
 
     @property
@@ -63,10 +65,14 @@ class Digest(str):
         return {self.kind: self.value}
 
     @property
-    def is_one(self) -> bool:
-        """Whether it has the form of one."""
+    def is_well_formed(self) -> bool:
+        """Whether it has as many digits as its kind has."""
         return re.fullmatch(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}", self) is not None
 
     def is_of(self, path: Path) -> bool:
-        """Whether a file on this machine has it."""
+        """Whether a file on this machine has it.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
         return type(self).of_file(path, self.kind) == self

@@ -38,7 +38,6 @@ POLL_SECONDS = 0.2
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as lost."""
 
-CHUNK = 1 << 20
 PASSING = (408, 409, 416, 425, 429, 500, 502, 503, 504)
 """Answers after which another attempt may succeed."""
 

@@ -42,7 +42,9 @@ class LanguageModel(Protocol):
         *,
         every: bool = False,
     ) -> Tensor:
-        """Read tokens [B, T]; the logits [B, V] after the last, or after every one [B, T, V]."""
+        """Read tokens [B, T], which are on the CPU; the logits [B, V] after the last, or after
+        every one [B, T, V].
+        """
         ...
 
     def new_cache(

@@ -117,7 +117,8 @@ def candidates(
     """The tokens that may come next and their probabilities, likeliest first.
 
     They are looked for where the logits are, and brought to the CPU: there each of the many small
-    operations on few numbers takes less time, and a seed means the same on every device.
+    operations on few numbers takes less time, and a seed draws the same from the same candidates,
+    whatever the device. Candidates of equal logits come in any order.
 
     Args:
         logits: [V].
@@ -163,12 +164,13 @@ def finite(best: Tensor) -> float:
     Raises:
         NopeError: It is no finite number.
     """
-    if not math.isfinite(best):
+    value = float(best)
+    if not math.isfinite(value):
         raise NopeError(
-            f"the model's largest logit is {float(best)}",
+            f"the model's largest logit is {value}",
             hint="its weights hold numbers that are not finite: export or download it again",
         )
-    return float(best)
+    return value
 
 
 def least_score(total: float, size: int, top_p: float, min_p: float) -> float:

@@ -26,8 +26,8 @@ BLOCK = 64
 """Q. With fewer the products are too small to be fast, with more the mask hides more of them."""
 
 HIDDEN = -3e4
-"""A score that leaves nothing, in any dtype; of a piece with infinite ones alone, the sum would be
-no number.
+"""A score that leaves nothing in any dtype, beside others that are not as low by themselves; of a
+piece with infinite ones alone, the sum would be no number.
 """
 
 
@@ -114,7 +114,8 @@ def kernels_without_plans(device: torch.device) -> AbstractContextManager[object
 
 def shared_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """One token's attention, of which many parts of a GPU do a piece each, and what they find is
-    joined by what each piece weighs (as in "Flash-Decoding", Dao et al., 2023).
+    joined by what each piece weighs (as in "Flash-Decoding", Dao et al., 2023); all at once where
+    there is no kernel that would do a piece.
 
     Torch's kernels give a row and group to one part, which goes through all keys alone: a token
     with 8,192 keys took 10.4 ms by them on an H100, of 408M parameters, and 2.0 ms by this.
@@ -129,6 +130,8 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """
     (rows, groups, _, size), repeats = k.shape, q.size(1) // k.size(1)
     pieces = mask.size(1) // groups
+    if not can_share(q, mask):
+        return unshared_attention(q, k, v, mask)
     q = q.view(rows, groups, 1, repeats, size).expand(-1, -1, pieces, -1, -1)
     q, k, v = (x.reshape(rows, groups * pieces, -1, size) for x in (q, k, v))
     mask = mask.expand(-1, -1, repeats, -1)
@@ -144,6 +147,27 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     weights = sums[..., :repeats].unflatten(1, (groups, pieces)).softmax(dim=2)
     out = (out.unflatten(1, (groups, pieces)) * weights[..., None]).sum(dim=2)
     return out.type_as(q).reshape(rows, 1, -1)  # type: ignore[no-any-return]
+
+
+def can_share(q: Tensor, mask: Tensor) -> bool:
+    """Whether there is a kernel for pieces: one that tells what each weighs. A GPU's multiplies
+    rows of 16 bytes, and has a limit to the pieces.
+    """
+    if not q.is_cuda:
+        return True
+    is_known = q.dtype in (torch.float32, torch.float16)
+    if q.dtype == torch.bfloat16:
+        is_known = torch.cuda.get_device_capability(q.device) >= (8, 0)  # From Ampere on.
+    return is_known and q.size(3) * q.element_size() % 16 == 0 and mask.size(1) < 1 << 16
+
+
+def unshared_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """What `shared_attention` computes, by whatever kernel there is for all keys at once."""
+    (rows, groups, _, size) = k.shape
+    # Kernels that take a mask know no groups: a group's heads are so many queries of one.
+    grouped = q.view(rows, groups, -1, size)
+    out = F.scaled_dot_product_attention(grouped, k, v, mask.view(rows, groups, 1, -1))
+    return out.reshape(rows, 1, -1)
 
 
 def mask_of_pieces(unseen: Tensor, groups: int, dtype: torch.dtype) -> Tensor:

@@ -78,8 +78,10 @@ class Muon(Optimizer):
             assert weight.grad is not None
             gradient = part(weight.grad)
             average = part(state["momentum_buffer"]).lerp_(gradient, 1 - momentum)
-            ahead = gradient.lerp(average, momentum)
-            found.append(whole(as_part(ahead, weight)).to(self.precision))
+            # Without a name, so that it is gone before the next one is there.
+            found.append(
+                whole(as_part(gradient.lerp(average, momentum), weight)).to(self.precision)
+            )
         return found
 
 
@@ -96,11 +98,14 @@ def alike(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def orthogonalized(x: Tensor) -> Tensor:
     """Matrices [M, ., .] with their singular values near 1, by a Newton-Schulz iteration."""
     a, b, c = QUINTIC
-    is_tall = x.size(1) > x.size(2)
+    is_one = len(x) == 1  # Of it a CPU would make copies as a batch.
+    x, multiplied = (x[0], torch.addmm) if is_one else (x, torch.baddbmm)
+    is_tall = x.size(-2) > x.size(-1)
     x = x.mT if is_tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if is_tall else x
+        polynomial = multiplied(gram, gram, gram, beta=b, alpha=c)
+        x = multiplied(x, polynomial, x, beta=a)
+    x = x.mT if is_tall else x
+    return x[None] if is_one else x
