@@ -305,8 +305,10 @@ def main() -> None:
     options.device, options.threads = "cpu", max(torch.get_num_threads() // workers, 1)
     common |= {"steps": options.steps, "threads": options.threads}
     print(hardware(options), f"\n{SHAPE | shape}, {options.encoding}\n")
-    print("| way | bits per byte | beside the first | seconds | steps | tokens | parameters |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    titles = ["way", "bits per byte", "beside the first"]
+    if options.what == "time":
+        titles += ["seconds", "steps", "tokens", "parameters"]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}", flush=True)
     first: list[float] = []
     with ThreadPoolExecutor(workers) as pool:
         tasks = {
@@ -320,7 +322,8 @@ def main() -> None:
             rows = [future.result() for future in futures]
             bits = [row["bits_per_byte"] for row in rows]
             first = first or bits
-            print(f"| {name} | {' | '.join(figures(bits, first, rows))} |", flush=True)
+            line = [name, *figures(bits, first, rows)][: len(titles)]
+            print(f"| {' | '.join(line)} |", flush=True)
 
 
 def figures(bits: list[float], first: list[float], rows: list[dict[str, Any]]) -> list[str]:
