@@ -16,17 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import RECIPE, byte_dataset, small_run
+from torch._inductor.exc import InductorError
 
 from nope_gpt.config import PretrainConfig
 from nope_gpt.config.knobs import resolve
 from nope_gpt.config.training import LEARNING_RATES
 from nope_gpt.data.batches import TextBatches
 from nope_gpt.data.shards import Dataset
-from nope_gpt.errors import MissingError, NopeError, UsageError
+from nope_gpt.errors import Interrupted, MissingError, NopeError, UsageError
 from nope_gpt.files.artefacts import FORMAT_VERSION, MANIFEST, publish, read_manifest, verify
 from nope_gpt.hub.locating import newest_checkpoint
 from nope_gpt.model import NoPEGPT
+from nope_gpt.signals import StopRequest
 from nope_gpt.training.checkpoints import prune
+from nope_gpt.training.compilation import compiling
 from nope_gpt.training.loop import Trainer
 from nope_gpt.training.objectives import Outcome
 from nope_gpt.training.runs import resumed_from, stored_record
@@ -394,3 +397,18 @@ def test_a_signal_ends_a_run_in_a_checkpoint(
     assert "--resume goes on" in talk
     last = newest_checkpoint(tmp_path / "pretrain" / "checkpoints")
     assert int(last.name.removeprefix("step-")) == metrics(tmp_path)[-1]["step"]
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGINT])
+def test_a_compiler_that_fails_in_the_middle_is_told_with_a_way_on(number: int) -> None:
+    """Ctrl-C in a terminal ends a compiler too, and can leave a cut file in its cache."""
+    stop = StopRequest()
+    stop.signal = number
+    with pytest.raises(Interrupted if number else NopeError) as caught, compiling(stop):
+        raise InductorError(ImportError("main.so: file too short"), None)
+    error = caught.value
+    assert ("by a signal" if number else "main.so: file too short") in error.what
+    assert "--resume" in error.hint
+    assert error.exit_code == (130 if number else 1)
+    with pytest.raises(ValueError, match="another"), compiling(stop):
+        raise ValueError("another")

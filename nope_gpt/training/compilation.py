@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from nope_gpt.config import TrainingConfig
 from nope_gpt.device import autocast
-from nope_gpt.errors import UsageError, first_line
+from nope_gpt.errors import Interrupted, NopeError, UsageError, first_line
 from nope_gpt.model import NoPEGPT
 from nope_gpt.network.cross_entropy import num_columns, to_gradient
+from nope_gpt.signals import StopRequest, exit_code_of
 
 WORTHWHILE_FLOPS = 1e14
 """Of a run on a CPU: some minutes of work, next to some seconds of compiling."""
@@ -58,6 +61,38 @@ def compile_network(
     if config.compile == "on":
         raise UsageError(f"--compile is on, and {reason}", hint="leave it out, or --compile off")
     return f"eager: {reason}"
+
+
+@contextmanager
+def compiling(stop: StopRequest) -> Iterator[None]:
+    """Say what to do when the compiler fails in the middle of a run, at samples of a new length.
+
+    Ctrl-C in a terminal ends it too, and can leave a cut file in its cache.
+
+    Raises:
+        Interrupted: It failed, and a signal was sent.
+        NopeError: It failed by itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        cache = cache_dir()
+        if stop.signal:
+            raise Interrupted(
+                "stopped by a signal while torch compiled; the last checkpoint is sound",
+                exit_code=exit_code_of(stop.signal),
+                hint="the same command with --resume goes on from it; should the compiler then "
+                f"fail, remove {cache}",
+            ) from error
+        raise NopeError(
+            f"the compiler failed in the middle of the run: {first_line(error)}",
+            where=cache,
+            hint="remove that directory, or add --compile off; --resume goes on from a checkpoint",
+        ) from error
 
 
 def obstacle(device: torch.device) -> str | None:

@@ -27,6 +27,7 @@ from nope_gpt.model import NoPEGPT
 from nope_gpt.signals import StopRequest, exit_code_of
 from nope_gpt.training import checkpoints, distribution, state
 from nope_gpt.training.checkpoints import Progress, Saver, Snapshot, Tensors
+from nope_gpt.training.compilation import compiling
 from nope_gpt.training.guards import MOST_REWINDS, Verdict, judge
 from nope_gpt.training.learner import Learner
 from nope_gpt.training.objectives import CrossEntropy, Objective, Outcome, summed
@@ -141,7 +142,7 @@ class Trainer(Learner):
         """
         job = self.job
         self.network.train()
-        with self.stop, self.watchdog.naming():
+        with self.stop, self.watchdog.naming(), compiling(self.stop):
             if job.looks_before and self.progress.step == 0:
                 self.look()
             while self.progress.step < job.num_steps and not self.stop_signal:
